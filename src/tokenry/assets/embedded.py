@@ -1,0 +1,105 @@
+"""Load the embedded assets."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["MODELS", "cifar10_sample", "etth1", "external", "held_out_texts", "load_model", "model_path", "prompts"]
+
+HERE = Path(__file__).parent
+MODELS = ("small", "draft")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def external(name: str) -> Path | None:
+    """Folder ``name`` of the larger data sets that do not ship with Tokenry, or None.
+
+    They are looked for in the folder that the environment variable ``TOKENRY_DATA`` names.
+    """
+    root = os.environ.get("TOKENRY_DATA")
+    folder = Path(root) / name if root else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def model_path(name: str = "small") -> Path:
+    """Folder of an embedded language model: ``"small"`` (about 7 M parameters) or ``"draft"`` (about 1 M)."""
+    if name not in MODELS:
+        raise ValueError(f"no embedded model is called {name!r}; there are {', '.join(MODELS)}")
+    return HERE / "models" / name
+
+
+def load_model(
+    name: str | Path = "small", *, dtype: str | torch.dtype = "float32", device: str = "cpu", **kwargs: object
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A causal language model and its tokenizer, ready for inference.
+
+    Args:
+        name: ``"small"`` or ``"draft"`` (embedded; Llama architecture, 1,024 tokens of context, one tokenizer), or
+            any local folder or hub id.
+        dtype: Torch dtype or its name. The embedded weights are stored in bfloat16.
+        device: Torch device.
+        **kwargs: Handed to ``AutoModelForCausalLM.from_pretrained``, for example ``attn_implementation``.
+
+    Returns:
+        ``(model, tokenizer)``, the model in evaluation mode.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = str(model_path(str(name))) if name in MODELS else str(name)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load a causal language model from {where!r}: {error}. Give a folder written by "
+            f"save_pretrained, a hub id, or one of the embedded models {', '.join(MODELS)}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def prompts() -> list[str]:
+    """Forty held-out prompts of about 64 tokens each: twenty of English prose and verse, twenty of Python."""
+    return json.loads((HERE / "text" / "prompts.json").read_text("utf-8"))
+
+
+def held_out_texts(kind: Literal["english", "code"] = "english") -> list[str]:
+    """Text that the embedded models never saw: passages of public-domain English or of Python's own library."""
+    if kind not in ("english", "code"):
+        raise ValueError(f"kind must be 'english' or 'code', got {kind!r}")
+    with gzip.open(HERE / "text" / f"held_out_{kind}.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def etth1() -> pd.DataFrame:
+    """ETTh1: 17,420 hours of seven transformer readings, first column ``date`` (Zhou et al. 2021)."""
+    import pandas as pd
+
+    return pd.read_csv(HERE / "series" / "ETTh1.csv.gz", parse_dates=["date"])
+
+
+def cifar10_sample(split: Literal["train", "test"] = "train") -> tuple[np.ndarray, np.ndarray]:
+    """A sample of CIFAR-10: images ``(N, 32, 32, 3)`` uint8 and labels ``(N,)``; 1,600 to train, 400 to test."""
+    import numpy as np
+    import pyarrow.parquet as parquet
+    from PIL import Image
+
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    table = parquet.read_table(HERE / "images" / f"cifar10_{split}.parquet")
+    images = [np.asarray(Image.open(io.BytesIO(blob.as_py()))) for blob in table["image"]]
+    return np.stack(images), np.asarray(table["label"])

@@ -1,0 +1,5 @@
+"""The catalogue: one card per method (data, not code), search over them, and making a method by name."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

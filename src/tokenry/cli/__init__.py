@@ -1,0 +1,5 @@
+"""The command line: ``tokenry list | search | show | compare | verify | status | report | demo | mixture | detect``."""
+
+from tokenry.cli.main import app
+
+__all__ = ["app"]

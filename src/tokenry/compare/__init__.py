@@ -1,0 +1,5 @@
+"""Compare methods fairly, side by side, on the user's own model and data."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

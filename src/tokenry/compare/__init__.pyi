@@ -1,0 +1,10 @@
+from .comparison import Column as Column
+from .comparison import Comparison as Comparison
+from .comparison import Options as Options
+from .comparison import Outcome as Outcome
+from .comparison import Plot as Plot
+from .comparison import Sweep as Sweep
+from .run import KINDS as KINDS
+from .run import Result as Result
+from .run import comparison as comparison
+from .run import compare as compare

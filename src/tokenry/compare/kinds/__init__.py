@@ -1,0 +1,1 @@
+"""One file per kind of comparison; ``tokenry.compare.run.KINDS`` lists them."""

@@ -1,0 +1,5 @@
+"""Ops with a plain PyTorch definition and, where it pays, a Triton kernel."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

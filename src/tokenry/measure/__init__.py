@@ -1,0 +1,5 @@
+"""Measuring: time and memory side by side, steps that survive being killed, the machine they ran on."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

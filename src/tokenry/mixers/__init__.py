@@ -1,0 +1,5 @@
+"""Token mixers: modules that exchange information between tokens and keep the shape."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
