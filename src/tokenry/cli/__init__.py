@@ -1,5 +1,5 @@
 """The command line: ``tokenry list | search | show | compare | verify | status | report | demo | mixture | detect``."""
 
-from tokenry.cli.main import app
+from tokenry.cli.main import app, run
 
-__all__ = ["app"]
+__all__ = ["app", "run"]

@@ -1,3 +1,320 @@
-"""The command line."""
+"""The command line. Each command loads only what it needs, so that ``tokenry list`` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
-app = typer.Typer(no_args_is_help=True)
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+
+import tokenry
+from tokenry.cli.detect import detect
+from tokenry.cli.mixture import mixture
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="tokenry",
+    help="Published methods for tokens: find one, use it, compare it on your own model and data, verify it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(mixture)
+app.command()(detect)
+
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
+
+
+def run() -> None:
+    """Run the command line; a ``ValueError`` is shown as one sentence, without a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from None
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; leave --device away to use the CPU")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"tokenry {tokenry.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_methods(
+    family: Annotated[str | None, typer.Option(help="Only this family, for example decoding.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List all methods."""
+    from tokenry.catalog import cards
+
+    found = [card for card in cards().values() if family in (None, card.family)]
+    if not found:
+        families = sorted({card.family for card in cards().values()})
+        raise ValueError(f"no method in family {family!r}; families: {', '.join(families)}")
+    if as_json:
+        _print_json([card.model_dump() for card in found])
+        return
+    table = Table("method", "family", "what it does", title=f"{len(found)} methods")
+    for card in found:
+        table.add_row(f"[bold]{card.slug}[/]", card.family, card.does)
+    console.print(table)
+
+
+@app.command()
+def search(
+    query: Annotated[list[str], typer.Argument(help="The problem, in your words.")],
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Find a method: tokenry search "shrink the kv cache"."""
+    from tokenry.catalog import search as find
+
+    hits = find(" ".join(query), limit)
+    if as_json:
+        _print_json([hit.__dict__ for hit in hits])
+        return
+    if not hits:
+        console.print("Nothing fits. [bold]tokenry list[/] shows all methods.")
+        raise typer.Exit(1)
+    table = Table("method", "what it does", "score")
+    for hit in hits:
+        table.add_row(f"[bold]{hit.slug}[/]", hit.does, f"{hit.score:.1f}")
+    console.print(table)
+
+
+@app.command()
+def show(slug: Annotated[str, typer.Argument(help="The method.")], as_json: Json = False) -> None:
+    """Show one method: what it does, when to use it, code that runs, its claims and what was measured."""
+    from tokenry.catalog import card
+    from tokenry.evidence import all_records
+
+    found = card(slug)
+    records = [record for record in all_records() if record.slug == slug]
+    if as_json:
+        _print_json({"card": found.model_dump(), "evidence": [json.loads(r.model_dump_json()) for r in records]})
+        return
+    console.print(Panel(found.does, title=f"[bold]{found.title}[/]", subtitle=found.entry_point))
+    console.print(f"[bold]Use it when[/] {found.use_when}\n[bold]Not when[/] {found.not_when}\n")
+    console.print(Syntax(found.snippet.strip(), "python", background_color="default"))
+    table = Table("claim", "paper", "here", "shows", title="Claims")
+    measured = {record.id: record for record in records if record.check in ("claim", "behaviour")}
+    for claim in found.claims:
+        record = measured.get(claim.id)
+        here = _figure(record.value, record.unit) if record else f"not measured{': ' + claim.why_not if claim.why_not else ''}"
+        shows = "" if record is None else "[green]yes[/]" if record.passed else "[red]no[/]"
+        table.add_row(claim.statement, _figure(claim.paper, claim.unit), here, shows)
+    console.print(table)
+    console.print(f"{', '.join(found.authors[:4])}{' et al.' if len(found.authors) > 4 else ''} ({found.year}): {found.paper}. {found.link}")
+
+
+def _figure(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.4g} {unit}".strip()
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set takes name=value, got {text!r}")
+    return name, value
+
+
+@app.command()
+def compare(
+    kind: Annotated[str, typer.Argument(help="decoding, kvcache, mixers, backbones, losses, forecasters, tokenizers, detectors")],
+    model: Annotated[str | None, typer.Option(help="Your model: a local folder or a hub id. Default: the embedded one.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your data: prompts, a folder of images, a CSV, texts.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas. The baseline is always added.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the run; the same call goes on where a killed one stopped.")] = Path("comparison"),
+    repeats: Annotated[int, typer.Option(help="Timed turns of each method.")] = 5,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="About half a minute instead of the full measurement.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of this kind: name=value.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compare methods side by side on your own model and data."""
+    from tokenry.compare import compare as run_comparison
+
+    _check_device(device)
+    result = run_comparison(
+        kind,
+        out=out / kind,
+        quiet=as_json,
+        model=model,
+        data=data,
+        methods=[name.strip() for name in methods.split(",") if name.strip()] if methods else None,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        repeats=repeats,
+        effort="demo" if quick else "full",
+        settings=dict(_setting(text) for text in settings or []),
+    )
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+        return
+    from tokenry.report import build_report, print_result
+
+    print_result(result, console)
+    console.print(f"report: [bold]{build_report(out, [result])}[/]")
+
+
+@app.command()
+def verify(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Methods. None: all.")] = None,
+    claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for unfinished steps, to go on after a kill.")] = None,
+    record: Annotated[str, typer.Option(help="Where results are kept: user (default), project (maintainers) or none.")] = "user",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Run a method's claims: the paper's value, the value here, whether the effect shows."""
+    from tokenry.catalog import cards
+    from tokenry.claims import verify as run_claims
+    from tokenry.evidence import save_project, save_user
+
+    if record not in ("user", "project", "none"):
+        raise ValueError(f"--record must be user, project or none, got {record!r}")
+    _check_device(device)
+    outcomes = []
+    for outcome in run_claims(slugs or list(cards()), claims=claim, device=device, seed=seed, folder=out, quiet=as_json):
+        outcomes.append(outcome)
+        if outcome.record is not None and record != "none":
+            (save_project if record == "project" else save_user)([outcome.record])
+        if not as_json:
+            state = (
+                "[yellow]not run[/]" if outcome.not_run
+                else "[red]error[/]" if outcome.error
+                else "[green]shows[/]" if outcome.record and outcome.record.passed
+                else "[red]does not show[/]"
+            )  # fmt: skip
+            console.print(f"[bold]{outcome.slug}[/] {outcome.claim.id}: {state}")
+            said = outcome.not_run or outcome.error or (outcome.record.sentence if outcome.record else "")
+            console.print(f"  paper: {outcome.claim.statement}\n  here:  {said}", highlight=False, markup=False)
+    failed = [o for o in outcomes if o.error or (o.record is not None and not o.record.passed)]
+    if as_json:
+        _print_json(
+            [
+                {
+                    "slug": o.slug, "claim": o.claim.id, "paper": o.claim.paper, "unit": o.claim.unit,
+                    "state": "not run" if o.not_run else "error" if o.error else "shows" if o.record and o.record.passed else "does not show",
+                    "why": o.not_run or o.error, "record": o.record and json.loads(o.record.model_dump_json()),
+                }
+                for o in outcomes
+            ]
+        )  # fmt: skip
+    else:
+        ran = sum(o.record is not None for o in outcomes)
+        console.print(f"{ran - sum(o.record is not None for o in failed)} of {ran} claims that ran show; "
+                      f"{sum(bool(o.not_run) for o in outcomes)} could not be run here, {sum(bool(o.error) for o in outcomes)} failed with an error")  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show what is known about each method, computed from recorded runs, with their age."""
+    from datetime import UTC, datetime
+
+    from tokenry.catalog import cards
+    from tokenry.evidence import CHECKS, all_records
+
+    records = all_records()
+    now = datetime.now(UTC)
+    rows: list[dict[str, Any]] = []
+    for card in cards().values():
+        row: dict[str, Any] = {"slug": card.slug}
+        for check in CHECKS:
+            mine = [r for r in records if r.slug == card.slug and r.check == check]
+            runnable = [c for c in card.claims if c.kind == check and c.runs == "cpu"]
+            row[check] = {
+                "passed": sum(r.passed for r in mine),
+                "run": len(mine),
+                "missing": max(0, len(runnable) - len({r.id for r in mine})) if check in ("claim", "behaviour") else int(not mine),
+                "unchecked": sum(c.kind == check and c.runs != "cpu" for c in card.claims),
+                "age_days": min(((now - r.date).days for r in mine), default=None),
+            }
+        rows.append(row)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("method", *CHECKS, title="passed / run (age); +n: claims that cannot be run on this kind of machine")
+    for row in rows:
+        cells = []
+        for check in CHECKS:
+            cell = row[check]
+            if not cell["run"]:
+                cells.append("[dim]none needed[/]" if not cell["missing"] and not cell["unchecked"] else f"[yellow]not run[/]{' +' + str(cell['unchecked']) if cell['unchecked'] else ''}")  # noqa: E501
+                continue
+            colour = "green" if cell["passed"] == cell["run"] and not cell["missing"] else "red"
+            extra = f" +{cell['unchecked']}" if cell["unchecked"] else ""
+            cells.append(f"[{colour}]{cell['passed']}/{cell['run']}[/] ({cell['age_days']} d){extra}")
+        table.add_row(f"[bold]{row['slug']}[/]", *cells)
+    console.print(table)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("report"),
+    runs: Annotated[list[Path] | None, typer.Option("--run", help="Folder of a comparison (holds result.json).")] = None,
+) -> None:
+    """Build the page from all cards, all evidence and the given comparisons."""
+    from tokenry.compare.run import Result
+    from tokenry.report import build_report
+
+    results = []
+    for folder in runs or []:
+        files = sorted(folder.rglob("result.json"))
+        if not files:
+            raise ValueError(f"{folder} holds no result.json: give the --out folder of a `tokenry compare` run")
+        results += [Result.model_validate_json(file.read_text("utf-8")) for file in files]
+    console.print(f"report: [bold]{build_report(out, results)}[/]")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the page and of the runs.")] = Path("report"),
+    kinds: Annotated[str | None, typer.Option(help="Only these kinds, separated by commas.")] = None,
+) -> None:
+    """Compare real methods on real, embedded data and build the report: a few minutes on two cores."""
+    from tokenry.compare import KINDS
+    from tokenry.compare import compare as run_comparison
+    from tokenry.report import build_report, print_result
+
+    results = []
+    for kind in kinds.split(",") if kinds else KINDS:
+        result = run_comparison(kind, out=out / "runs" / kind, effort="demo", repeats=3)
+        results.append(result)
+        print_result(result, console)
+    console.print(f"\n[bold]{len(results)} comparisons[/] in {sum(r.seconds for r in results):.0f} s of computing")
+    console.print(f"report: [bold]{build_report(out, results)}[/]")
