@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+
 from train_embedded_models import documents
 
 ASSETS = Path(__file__).parent.parent / "src/tokenry/assets"
@@ -25,7 +26,9 @@ def passages(texts: list[str], count: int) -> list[str]:
     """``count`` passages, at most four from one document, each beginning at a line."""
     found = []
     for text in texts:
-        starts = [text.find("\n", at) + 1 for at in range(0, max(1, len(text) - PASSAGE - 200), max(PASSAGE, len(text) // 4))]
+        starts = [
+            text.find("\n", at) + 1 for at in range(0, max(1, len(text) - PASSAGE - 200), max(PASSAGE, len(text) // 4))
+        ]
         found += [text[s : s + PASSAGE] for s in starts[:4] if len(text[s : s + PASSAGE].strip()) > PASSAGE * 0.8]
     step = max(1, len(found) // count)
     return found[::step][:count]

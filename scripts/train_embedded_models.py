@@ -31,8 +31,20 @@ VOCAB_SIZE = 4096
 CONTEXT = 1024
 BATCH_TOKENS = 16 * CONTEXT
 SIZES = {
-    "small": dict(hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3),
-    "draft": dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
+    "small": {
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
+    "draft": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
 }
 PEAK_LR = {"small": 3e-3, "draft": 5e-3}
 
@@ -46,7 +58,8 @@ def documents(english: Path) -> dict[str, list[str]]:
         split[("held_out_" if held_out else "train_") + kind].append(text)
 
     for path in sorted(english.glob("*.txt.gz")):
-        paragraphs = gzip.open(path, "rt", encoding="utf-8", errors="replace").read().split("\n\n")
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+            paragraphs = file.read().split("\n\n")
         block: list[str] = []
         for paragraph in paragraphs:  # blocks of about 6 kB, so that held-out text is spread over the file
             block.append(paragraph)
@@ -58,7 +71,9 @@ def documents(english: Path) -> dict[str, list[str]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
-        if {"site-packages", "test", "tests", "lib2to3", "idlelib", "encodings", "turtledemo"} & set(parts) or path.name.startswith("_sysconfigdata"):
+        if {"site-packages", "test", "tests", "lib2to3", "idlelib", "encodings", "turtledemo"} & set(
+            parts
+        ) or path.name.startswith("_sysconfigdata"):
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         if 200 < len(text) < 300_000:
@@ -78,7 +93,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, padding_side="left"
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        padding_side="left",
     )
 
 
@@ -113,8 +133,14 @@ def learning_rate(progress: float, peak: float) -> float:
 def train(name: str, ids: np.ndarray, work: Path, steps: int, device: str) -> tuple[LlamaForCausalLM, dict]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, **SIZES[name],
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        **SIZES[name],
     )
     model = LlamaForCausalLM(config).to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -156,12 +182,56 @@ def train(name: str, ids: np.ndarray, work: Path, steps: int, device: str) -> tu
             optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - began
         if step % 10 == 0 or step == steps - 1:
-            print(f"{name} step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - began:.2f} s/step", flush=True)
+            print(
+                f"{name} step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - began:.2f} s/step",
+                flush=True,
+            )
         if (step + 1) % 100 == 0 or step == steps - 1:
             temporary = checkpoint.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "seconds": seconds}, temporary)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step + 1,
+                    "seconds": seconds,
+                },
+                temporary,
+            )
             temporary.replace(checkpoint)
-    return model.cpu(), {"steps": steps, "tokens": steps * BATCH_TOKENS, "epochs": round(steps * rows / per_epoch, 2), "seconds": round(seconds)}
+    return model.cpu(), {
+        "steps": steps,
+        "tokens": steps * BATCH_TOKENS,
+        "epochs": round(steps * rows / per_epoch, 2),
+        "seconds": round(seconds),
+    }
+
+
+def model_card(name: str, facts: dict) -> str:
+    """The model card, from what was measured."""
+    size = SIZES[name]
+    return f"""---
+license: apache-2.0
+language: [en, code]
+library_name: transformers
+---
+# Tokenry {name}
+
+A {facts["parameters"] / 1e6:.1f} M parameter causal language model that ships inside Tokenry so that decoding and cache methods
+can be tried, compared and tested on something that really predicts text. It is **not** meant for any other use: it
+writes plausible-looking English and Python, and knows nothing.
+
+- Architecture: Llama, {size["num_hidden_layers"]} layers, width {size["hidden_size"]}, {size["num_attention_heads"]} heads
+  ({size["num_key_value_heads"]} for keys and values), context {CONTEXT}, tied embeddings, stored in bfloat16.
+- Tokenizer: byte-level BPE, {VOCAB_SIZE} entries, trained on the training text; the two embedded models share it.
+- Text: public-domain English (State of the Union and inaugural addresses, King James Genesis, Shakespeare;
+  {facts["text_bytes"]["train_english"] / 1e6:.1f} MB, seen twice an epoch) and the source of the Python 3.11 standard library
+  ({facts["text_bytes"]["train_code"] / 1e6:.1f} MB). About 5 % of the documents, chosen by hash, were held out.
+- Training: {facts["steps"]} steps of {BATCH_TOKENS} tokens ({facts["epochs"]} epochs), Muon for matrices and AdamW for the rest, peak
+  learning rate {PEAK_LR[name]}, cosine to zero, bfloat16 autocast, {facts["seconds"] / 60:.0f} minutes on two CPU cores shared with
+  other work. Script: `scripts/train_embedded_models.py`.
+- **Bits per byte on held-out text: {facts["bits_per_byte"]:.3f}** (English {facts["bits_per_byte_english"]:.3f}, code
+  {facts["bits_per_byte_code"]:.3f}), whole documents in windows of {CONTEXT} tokens, weights as shipped, computed in float32.
+"""
 
 
 def main() -> None:
@@ -195,14 +265,20 @@ def main() -> None:
     for name in [args.only] if args.only else [*SIZES]:
         model, facts = train(name, ids, args.work, args.steps, args.device)
         model = model.to(torch.bfloat16).float().eval()  # as shipped: rounded to bf16
-        facts |= {f"bits_per_byte_{kind}": round(bits_per_byte(model, tokenizer, split[f"held_out_{kind}"]), 4) for kind in ("english", "code")}
+        facts |= {
+            f"bits_per_byte_{kind}": round(bits_per_byte(model, tokenizer, split[f"held_out_{kind}"]), 4)
+            for kind in ("english", "code")
+        }
         held_out = {k: sizes[f"held_out_{k}"] for k in ("english", "code")}
-        facts["bits_per_byte"] = round(sum(facts[f"bits_per_byte_{k}"] * n for k, n in held_out.items()) / sum(held_out.values()), 4)
+        facts["bits_per_byte"] = round(
+            sum(facts[f"bits_per_byte_{k}"] * n for k, n in held_out.items()) / sum(held_out.values()), 4
+        )
         facts |= {"parameters": sum(p.numel() for p in model.parameters()), "text_bytes": sizes}
         folder = args.out / name
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(name, facts), "utf-8")
         print(name, json.dumps(facts), flush=True)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import golden_case
+
 settings.register_profile("dev", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("dev")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,9 +61,13 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiling() -> bool:
         return torch.compiler.is_compiling()
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real_empty(*a, **k) if compiling() else poison(real_empty(*a, **k)))
     monkeypatch.setattr(
-        torch, "empty_like", lambda *a, **k: real_empty_like(*a, **k) if compiling() else poison(real_empty_like(*a, **k))
+        torch, "empty", lambda *a, **k: real_empty(*a, **k) if compiling() else poison(real_empty(*a, **k))
+    )
+    monkeypatch.setattr(
+        torch,
+        "empty_like",
+        lambda *a, **k: real_empty_like(*a, **k) if compiling() else poison(real_empty_like(*a, **k)),
     )
     monkeypatch.setattr(
         torch.Tensor,
@@ -74,6 +80,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def _own_evidence(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never write into the user's evidence."""
     monkeypatch.setenv("TOKENRY_EVIDENCE", str(tmp_path_factory.getbasetemp() / "evidence.sqlite"))
+
+
+@pytest.fixture(autouse=True)
+def _cases_of_this_test() -> None:
+    golden_case.USED.clear()
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -90,7 +101,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             "outcome": report.outcome,
             "seconds": round(call.duration, 3),
             "time": time.time(),
-            "facts": dict(item.user_properties),
+            "cases": dict(golden_case.USED) if report.when == "call" else {},
         }
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

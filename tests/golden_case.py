@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
+# Cases that the running test has read, with the largest error compared so far; evidence is made from it.
+USED: dict[str, float | None] = {}
 
 
 def fill(name: str, shape: list[int]) -> Tensor:
@@ -57,6 +59,7 @@ class GoldenCase:
 
     @cached_property
     def spec(self) -> dict[str, Any]:
+        USED.setdefault(f"{self.slug}/{self.name}", None)
         return json.loads((GOLDEN / self.slug / f"{self.name}.json").read_text("utf-8"))
 
     @cached_property
@@ -90,7 +93,10 @@ class GoldenCase:
         scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-6)
         error = ((actual - expected).abs().max().item() if expected.numel() else 0.0) / scale
         self.worst = max(self.worst, error)
-        assert error <= tolerance, f"{self.slug}/{self.name} {name}: error {error:.2e} of scale {scale:.3g} > {tolerance:g}"
+        USED[f"{self.slug}/{self.name}"] = self.worst
+        assert error <= tolerance, (
+            f"{self.slug}/{self.name} {name}: error {error:.2e} of scale {scale:.3g} > {tolerance:g}"
+        )
 
 
 def golden_cases(slug: str) -> list[str]:

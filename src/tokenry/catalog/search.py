@@ -14,10 +14,11 @@ from tokenry.catalog.card import Card, cards
 
 __all__ = ["Hit", "search"]
 
-STOP = frozenset(
+SMALL_WORDS = (
     "a an and are as at be by can do does for from how i in is it my of on or so than that the their this to want "
-    "we what when which while with without you your".split()
+    "we what when which while with without you your"
 )
+STOP = frozenset(SMALL_WORDS.split())
 # How often a field's words count: a name says more than a remark.
 WEIGHTS = {"slug": 4, "title": 4, "tags": 3, "does": 3, "use_when": 1, "paper": 1, "family": 2, "compare": 1}
 
@@ -91,4 +92,6 @@ def search(query: str, limit: int = 10) -> list[Hit]:
         return []
     scores = np.asarray(retriever.get_scores(repaired))
     order = np.argsort(-scores, kind="stable")[:limit]
-    return [Hit(known[i].slug, known[i].title, known[i].does, round(float(scores[i]), 3)) for i in order if scores[i] > 0]
+    return [
+        Hit(known[i].slug, known[i].title, known[i].does, round(float(scores[i]), 3)) for i in order if scores[i] > 0
+    ]

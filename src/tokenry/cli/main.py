@@ -62,7 +62,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -128,11 +130,17 @@ def show(slug: Annotated[str, typer.Argument(help="The method.")], as_json: Json
     measured = {record.id: record for record in records if record.check in ("claim", "behaviour")}
     for claim in found.claims:
         record = measured.get(claim.id)
-        here = _figure(record.value, record.unit) if record else f"not measured{': ' + claim.why_not if claim.why_not else ''}"
+        here = (
+            _figure(record.value, record.unit)
+            if record
+            else f"not measured{': ' + claim.why_not if claim.why_not else ''}"
+        )
         shows = "" if record is None else "[green]yes[/]" if record.passed else "[red]no[/]"
         table.add_row(claim.statement, _figure(claim.paper, claim.unit), here, shows)
     console.print(table)
-    console.print(f"{', '.join(found.authors[:4])}{' et al.' if len(found.authors) > 4 else ''} ({found.year}): {found.paper}. {found.link}")
+    console.print(
+        f"{', '.join(found.authors[:4])}{' et al.' if len(found.authors) > 4 else ''} ({found.year}): {found.paper}. {found.link}"
+    )
 
 
 def _figure(value: float | None, unit: str = "") -> str:
@@ -148,15 +156,25 @@ def _setting(text: str) -> tuple[str, Any]:
 
 @app.command()
 def compare(
-    kind: Annotated[str, typer.Argument(help="decoding, kvcache, mixers, backbones, losses, forecasters, tokenizers, detectors")],
-    model: Annotated[str | None, typer.Option(help="Your model: a local folder or a hub id. Default: the embedded one.")] = None,
+    kind: Annotated[
+        str, typer.Argument(help="decoding, kvcache, mixers, backbones, losses, forecasters, tokenizers, detectors")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Your model: a local folder or a hub id. Default: the embedded one.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Your data: prompts, a folder of images, a CSV, texts.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas. The baseline is always added.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the run; the same call goes on where a killed one stopped.")] = Path("comparison"),
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by commas. The baseline is always added.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the run; the same call goes on where a killed one stopped.")
+    ] = Path("comparison"),
     repeats: Annotated[int, typer.Option(help="Timed turns of each method.")] = 5,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    quick: Annotated[bool, typer.Option("--quick", help="About half a minute instead of the full measurement.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About half a minute instead of the full measurement.")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of this kind: name=value.")] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -194,7 +212,9 @@ def verify(
     claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for unfinished steps, to go on after a kill.")] = None,
-    record: Annotated[str, typer.Option(help="Where results are kept: user (default), project (maintainers) or none.")] = "user",
+    record: Annotated[
+        str, typer.Option(help="Where results are kept: user (default), project (maintainers) or none.")
+    ] = "user",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -207,7 +227,9 @@ def verify(
         raise ValueError(f"--record must be user, project or none, got {record!r}")
     _check_device(device)
     outcomes = []
-    for outcome in run_claims(slugs or list(cards()), claims=claim, device=device, seed=seed, folder=out, quiet=as_json):
+    for outcome in run_claims(
+        slugs or list(cards()), claims=claim, device=device, seed=seed, folder=out, quiet=as_json
+    ):
         outcomes.append(outcome)
         if outcome.record is not None and record != "none":
             (save_project if record == "project" else save_user)([outcome.record])
@@ -260,7 +282,9 @@ def status(as_json: Json = False) -> None:
             row[check] = {
                 "passed": sum(r.passed for r in mine),
                 "run": len(mine),
-                "missing": max(0, len(runnable) - len({r.id for r in mine})) if check in ("claim", "behaviour") else int(not mine),
+                "missing": max(0, len(runnable) - len({r.id for r in mine}))
+                if check in ("claim", "behaviour")
+                else int(not mine),
                 "unchecked": sum(c.kind == check and c.runs != "cpu" for c in card.claims),
                 "age_days": min(((now - r.date).days for r in mine), default=None),
             }
@@ -274,7 +298,11 @@ def status(as_json: Json = False) -> None:
         for check in CHECKS:
             cell = row[check]
             if not cell["run"]:
-                cells.append("[dim]none needed[/]" if not cell["missing"] and not cell["unchecked"] else f"[yellow]not run[/]{' +' + str(cell['unchecked']) if cell['unchecked'] else ''}")  # noqa: E501
+                cells.append(
+                    "[dim]none needed[/]"
+                    if not cell["missing"] and not cell["unchecked"]
+                    else f"[yellow]not run[/]{' +' + str(cell['unchecked']) if cell['unchecked'] else ''}"
+                )
                 continue
             colour = "green" if cell["passed"] == cell["run"] and not cell["missing"] else "red"
             extra = f" +{cell['unchecked']}" if cell["unchecked"] else ""
@@ -286,7 +314,9 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def report(
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("report"),
-    runs: Annotated[list[Path] | None, typer.Option("--run", help="Folder of a comparison (holds result.json).")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--run", help="Folder of a comparison (holds result.json).")
+    ] = None,
 ) -> None:
     """Build the page from all cards, all evidence and the given comparisons."""
     from tokenry.compare.run import Result

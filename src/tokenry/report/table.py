@@ -1,0 +1,59 @@
+"""A comparison as a table on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenry.compare.run import Result
+from tokenry.report.numbers import readable
+
+__all__ = ["cell", "print_result"]
+
+
+def cell(row: dict, key: str, digits: int) -> str:
+    """A row's value with its spread behind it."""
+    spread = row.get(f"{key}_spread")
+    return readable(row.get(key), digits) + (f" ± {readable(spread, 2)}" if isinstance(spread, (int, float)) else "")
+
+
+def best(result: Result, key: str) -> object:
+    """The best value of a column, or None where no direction is better."""
+    column = next(c for c in result.columns if c.key == key)
+    values = [
+        r[key] for r in result.outcome.rows if isinstance(r.get(key), (int, float)) and not isinstance(r.get(key), bool)
+    ]
+    if column.better is None or len(set(values)) < 2:
+        return None
+    return max(values) if column.better == "higher" else min(values)
+
+
+def print_result(result: Result, console: Console) -> None:
+    """Print the table, the exponents and the notes; the best of each column in bold, the baseline marked."""
+    table = Table(title=f"{result.title}: {result.question}", title_justify="left")
+    table.add_column("method")
+    for column in result.columns:
+        arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
+        table.add_column(f"{column.title}{f' ({column.unit})' if column.unit else ''}{arrow}", justify="right")
+    winners = {column.key: best(result, column.key) for column in result.columns}
+    for row in result.outcome.rows:
+        name = f"{row['method']} [dim](baseline)[/]" if row["method"] == result.baseline else row["method"]
+        cells = []
+        for column in result.columns:
+            text = cell(row, column.key, column.digits)
+            won = winners[column.key] is not None and row.get(column.key) == winners[column.key]
+            cells.append(f"[bold green]{text}[/]" if won else text)
+        table.add_row(name, *cells)
+    console.print(table)
+    for sweep in result.outcome.sweeps:
+        if sweep.exponents:
+            grown = ", ".join(
+                f"{name} {value:.2f}" for name, value in sorted(sweep.exponents.items(), key=lambda e: e[1])
+            )
+            console.print(f"[bold]{sweep.title}[/], exponent: {grown}", highlight=False)
+    for note in result.outcome.notes:
+        console.print(f"• {note}", highlight=False, markup=False)
+    console.print(
+        f"[dim]{result.machine.processor}, {result.machine.cores} cores, {result.machine.device}; {result.seconds:.0f} s[/]\n",
+        highlight=False,
+    )

@@ -1,0 +1,145 @@
+"""Every card is valid, true to the code, and complete."""
+
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenry.catalog import card, cards, create
+from tokenry.catalog.card import CARDS, Card
+from tokenry.catalog.create import load
+from tokenry.claims.registry import measurement_of
+from tokenry.compare import KINDS
+
+SLUGS = sorted(cards())
+ROOT = Path(__file__).parents[2]
+FIRST_NINE = {
+    "poolformer", "metaformer-baselines", "affnet", "token-recycling", "ems", "cce", "data-mixture-inference",
+    "itransformer", "lastde",
+}  # fmt: skip
+
+
+def test_the_first_nine_are_there():
+    assert set(SLUGS) >= FIRST_NINE
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_entry_points_exist(slug):
+    found = card(slug)
+    for entry in [found.entry_point, *found.also]:
+        assert load(entry) is not None
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_claims_are_measured_or_say_why_not(slug):
+    found = card(slug)
+    for claim in found.claims:
+        has = measurement_of(found, claim) is not None
+        assert has == (claim.runs != "none"), f"{slug}/{claim.id}: runs={claim.runs!r}, measurement registered: {has}"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_measurement_belongs_to_a_claim(slug):
+    found = card(slug)
+    measurement_of(found, found.claims[0])
+    registry = importlib.import_module("tokenry.claims.registry")
+    for owner, claim in registry._MEASURES:
+        assert claim in {c.id for c in card(owner).claims}, f"{owner}/{claim} is measured but not on the card"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_method_is_complete(slug):
+    found = card(slug)
+    snake = slug.replace("-", "_")
+    assert set(found.compare) <= set(KINDS)
+    assert list((ROOT / "tests").rglob(f"test_{snake}*.py")), "no test file"
+    page = ROOT / "docs" / "methods" / f"{slug}.md"
+    assert page.exists() and "```python" in page.read_text("utf-8"), "no docs page with an example"
+    assert any(claim.kind == "behaviour" for claim in found.claims), "no behaviour experiment"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_golden_cases_are_used(slug):
+    folder = ROOT / "tests" / "golden" / slug
+    if folder.exists():
+        snake = slug.replace("-", "_")
+        tests = "\n".join(p.read_text("utf-8") for p in (ROOT / "tests").rglob(f"test_{snake}*.py"))
+        unused = [p.stem for p in folder.glob("*.json") if p.stem not in tests and "golden_cases(" not in tests]
+        assert not unused, f"golden cases without a test: {unused}"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_snippet_runs(slug, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", card(slug).snippet],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_models_and_mixers_are_unique():
+    names = [name for found in cards().values() for name in [*found.models, *found.mixers]]
+    assert len(names) == len(set(names))
+
+
+def test_create_works_cold():
+    code = "import tokenry; print(type(tokenry.create('affnet_t', num_classes=3)).__name__, type(tokenry.create('pool', 8)).__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(out) == 2
+
+
+def test_unknown_names_are_refused_with_near_ones():
+    with pytest.raises(ValueError, match="did you mean.*poolformer"):
+        card("poolfromer")
+    with pytest.raises(ValueError, match="no method is called"):
+        create("no-such-thing-at-all")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('slug = "ems"', 'slug = "emz"', "file name and slug"),
+        ("year = ", 'wrong = "x"\nyear = ', "Extra inputs"),
+        ('runs = "none"', 'runs = "sometimes"', "runs"),
+        ("year = ", "year = = ", "not a valid card"),
+    ],
+)
+def test_bad_cards_are_refused(tmp_path, old, new, says):
+    text = (CARDS / "ems.toml").read_text("utf-8")
+    assert old in text
+    (tmp_path / "ems.toml").write_text(text.replace(old, new, 1), "utf-8")
+    with pytest.raises(ValueError, match=says):
+        Card.read(tmp_path / "ems.toml")
+
+
+def test_a_claim_that_cannot_run_says_why(tmp_path):
+    text = re.sub(r"why_not = .*", 'why_not = ""', (CARDS / "ems.toml").read_text("utf-8"))
+    (tmp_path / "ems.toml").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="say why in why_not"):
+        Card.read(tmp_path / "ems.toml")
+
+
+def test_other_packages_add_methods(monkeypatch):
+    extra = card("ems").model_copy(update={"slug": "their-method"})
+
+    class Entry:
+        value = "their_package:card"
+
+        def load(self):
+            return extra
+
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [Entry()] if group == "tokenry.methods" else []
+    )
+    cards.cache_clear()
+    try:
+        assert cards()["their-method"] is extra
+    finally:
+        cards.cache_clear()

@@ -1,0 +1,113 @@
+"""Timing takes turns, sessions resume, exponents are right."""
+
+import json
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenry.measure import (
+    Session,
+    Timing,
+    describe_machine,
+    fit_exponent,
+    interleave,
+    package_versions,
+    peak_extra_memory,
+)
+
+
+def test_interleaves_and_warms_up():
+    calls = []
+    timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
+    assert "".join(calls) == "ab" + "ababab"
+    assert set(timings) == {"a", "b"} and len(timings["a"].seconds) == 3
+
+
+def test_short_calls_are_repeated_until_they_can_be_timed():
+    count = []
+    timings = interleave({"a": lambda: count.append(1)}, repeats=1, warmup=0, min_seconds=0.01)
+    assert len(count) > 10
+    assert timings["a"].median < 0.01
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9))
+def test_summary_is_ordered(seconds):
+    timing = Timing.of(seconds)
+    assert min(seconds) <= timing.low <= timing.median <= timing.high <= max(seconds)
+
+
+def test_peak_extra_memory_sees_a_large_tensor():
+    def work():
+        torch.ones(64 * 2**20, dtype=torch.float32).sum().item()  # 256 MiB
+
+    work()
+    assert peak_extra_memory(work) > 180 * 2**20
+
+
+@given(st.floats(-1, 3), st.floats(0.01, 100))
+def test_exponent_of_a_power_law(power, factor):
+    sizes = [8, 16, 32, 64, 128, 256]
+    assert fit_exponent(sizes, [factor * s**power for s in sizes]) == pytest.approx(power, abs=1e-6)
+
+
+@pytest.mark.parametrize(("sizes", "costs"), [([1], [1]), ([1, 2], [1]), ([0, 1], [1, 1]), ([1, 2], [1, -1])])
+def test_exponent_refuses_nonsense(sizes, costs):
+    with pytest.raises(ValueError):
+        fit_exponent(sizes, costs)
+
+
+@pytest.mark.parametrize(("functions", "repeats"), [({}, 1), ({"a": int}, 0)])
+def test_interleave_refuses_nonsense(functions, repeats):
+    with pytest.raises(ValueError):
+        interleave(functions, repeats=repeats)
+
+
+def test_session_goes_on_where_it_was_killed(tmp_path):
+    ran = []
+
+    def run(name):
+        ran.append(name)
+        if name == "b" and ran.count("b") == 1:
+            raise KeyboardInterrupt
+        return {"name": name}
+
+    for _ in range(2):
+        try:
+            with Session(tmp_path, {"seed": 0}, quiet=True) as session:
+                results = [session.step(name, lambda name=name: run(name)) for name in "abc"]
+        except KeyboardInterrupt:
+            continue
+    assert ran == ["a", "b", "b", "c"]
+    assert results == [{"name": "a"}, {"name": "b"}, {"name": "c"}]
+
+
+def test_session_survives_a_half_written_line(tmp_path):
+    with Session(tmp_path, {}, quiet=True) as session:
+        session.step("a", lambda: 1)
+        path = session.path
+    path.write_text(path.read_text() + '{"key": "b", "resu')
+    with Session(tmp_path, {}, quiet=True) as session:
+        assert session.step("a", lambda: 2) == 1
+        assert not session.done("b")
+
+
+def test_other_settings_never_reuse_steps(tmp_path):
+    with Session(tmp_path, {"seed": 0}, quiet=True) as session:
+        session.step("a", lambda: 0)
+    with Session(tmp_path, {"seed": 1}, quiet=True) as session:
+        assert session.step("a", lambda: 1) == 1
+
+
+def test_machine_and_versions_are_plain_json():
+    machine = describe_machine()
+    assert machine.cores >= 1 and machine.memory_gib > 0
+    assert {"python", "torch", "tokenry"} <= set(package_versions())
+    json.dumps(package_versions())
+
+
+def test_timer_is_a_clock():
+    timing = interleave({"sleep": lambda: time.sleep(0.02)}, repeats=2, warmup=0)["sleep"]
+    assert 0.02 <= timing.median < 0.5
