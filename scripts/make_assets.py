@@ -2,7 +2,7 @@
 
     python scripts/make_assets.py --data FOLDER
 
-``FOLDER`` holds ``english-public-domain``, ``cifar10`` and ``forecasting`` (see ``src/tokenry/assets/LICENSES.md``
+``FOLDER`` holds ``english-public-domain``, ``multilingual-sib200``, ``cifar10`` and ``forecasting`` (see ``src/tokenry/assets/LICENSES.md``
 for where they come from). The held-out texts are those that ``train_embedded_models.py`` holds out.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as parquet
 from train_embedded_models import documents
 
 ASSETS = Path(__file__).parent.parent / "src/tokenry/assets"
+LANGUAGES = ("arb_Arab", "deu_Latn", "eng_Latn", "hin_Deva", "rus_Cyrl", "spa_Latn", "swh_Latn", "zho_Hans")
 PASSAGE = 1500  # characters of a held-out passage: about 400 tokens
 
 
@@ -37,6 +39,15 @@ def passages(texts: list[str], count: int) -> list[str]:
 def write_json_gz(path: Path, value: object) -> None:
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
         file.write(json.dumps(value, ensure_ascii=False).encode())
+
+
+def write_languages(source: Path, target: Path) -> None:
+    """The sentences of each language, one a line."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in LANGUAGES:
+        rows = lzma.decompress((source / f"{name}.tsv.xz").read_bytes()).decode().splitlines()[1:]
+        text = "".join(row.split("\t")[3] + "\n" for row in rows)
+        (target / f"{name}.txt.xz").write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def main() -> None:
@@ -61,6 +72,7 @@ def main() -> None:
                 seen[label] += 1
                 rows.append(row)
         parquet.write_table(table.take(rows), ASSETS / "images" / f"cifar10_{name}.parquet", compression="zstd")
+    write_languages(data / "multilingual-sib200", ASSETS / "text" / "languages")
     shutil.copyfile(data / "forecasting/ETTh1.csv.gz", ASSETS / "series/ETTh1.csv.gz")
 
 

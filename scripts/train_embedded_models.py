@@ -98,6 +98,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=PAD,
         model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
     )
 

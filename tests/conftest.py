@@ -16,6 +16,8 @@ settings.register_profile("dev", deadline=None, max_examples=25, derandomize=Tru
 settings.load_profile("dev")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on the CPU; read when triton is first imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

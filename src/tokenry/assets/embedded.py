@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["MODELS", "cifar10_sample", "etth1", "external", "held_out_texts", "load_model", "model_path", "prompts"]
+__all__ = ["MODELS", "cifar10_sample", "etth1", "external", "held_out_texts", "language_samples", "load_model", "model_path", "prompts"]
 
 HERE = Path(__file__).parent
 MODELS = ("small", "draft")
@@ -83,6 +84,18 @@ def held_out_texts(kind: Literal["english", "code"] = "english") -> list[str]:
         raise ValueError(f"kind must be 'english' or 'code', got {kind!r}")
     with gzip.open(HERE / "text" / f"held_out_{kind}.json.gz", "rt", encoding="utf-8") as file:
         return json.load(file)
+
+
+def language_samples() -> dict[str, list[str]]:
+    """Sentences of eight languages in five scripts, 120 to 330 KB each; sentence k says the same in all of them.
+
+    Returns:
+        FLORES code (``"eng_Latn"``) to its 1,004 sentences (SIB-200, whose text is FLORES-200).
+    """
+    found = {}
+    for path in sorted((HERE / "text" / "languages").glob("*.txt.xz")):
+        found[path.name.removesuffix(".txt.xz")] = lzma.decompress(path.read_bytes()).decode("utf-8").splitlines()
+    return found
 
 
 def etth1() -> pd.DataFrame:

@@ -1,0 +1,14 @@
+from .acceptance import Accepted as Accepted
+from .acceptance import accept_greedy as accept_greedy
+from .acceptance import accept_walk as accept_walk
+from .draft_tree import DraftTree as DraftTree
+from .engine import DecodingOutput as DecodingOutput
+from .engine import DecodingState as DecodingState
+from .engine import DraftStrategy as DraftStrategy
+from .engine import Proposal as Proposal
+from .latency import PassLatency as PassLatency
+from .latency import pass_latency as pass_latency
+from .statistics import DecodingStats as DecodingStats
+from .token_recycling import TREE_80 as TREE_80
+from .token_recycling import TokenRecycling as TokenRecycling
+from .token_recycling import TokenRecyclingMatrix as TokenRecyclingMatrix

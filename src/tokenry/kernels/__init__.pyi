@@ -1,0 +1,13 @@
+from .adaptive_filter import adaptive_frequency_filter as adaptive_frequency_filter
+from .adaptive_filter import frequency_mask as frequency_mask
+from .attention_sums import AttentionSums as AttentionSums
+from .attention_sums import attention_sums as attention_sums
+from .flow_attention import flow_attention as flow_attention
+from .kv_compaction import compact_path as compact_path
+from .kv_compaction import compact_rows as compact_rows
+from .linear_cross_entropy import CHUNKED as CHUNKED
+from .linear_cross_entropy import LinearNLL as LinearNLL
+from .linear_cross_entropy import Plan as Plan
+from .linear_cross_entropy import dense_nll as dense_nll
+from .tree_attention import TreeMask as TreeMask
+from .tree_attention import tree_mask as tree_mask

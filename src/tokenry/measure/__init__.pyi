@@ -1,3 +1,5 @@
+from .counting import count_macs as count_macs
+from .counting import peak_activations as peak_activations
 from .machine import Machine as Machine
 from .machine import describe_machine as describe_machine
 from .machine import package_versions as package_versions

@@ -1,0 +1,17 @@
+from .aff import AFFMixer as AFFMixer
+from .aff import aff_kernel as aff_kernel
+from .attention import AttentionMixer as AttentionMixer
+from .identity import IdentityMixer as IdentityMixer
+from .pool import PoolingMixer as PoolingMixer
+from .random import RandomMixer as RandomMixer
+from .registry import InLayout as InLayout
+from .registry import Layout as Layout
+from .registry import TokenMixer as TokenMixer
+from .registry import convert_layout as convert_layout
+from .registry import create_mixer as create_mixer
+from .registry import for_timm as for_timm
+from .registry import layout_of as layout_of
+from .registry import list_mixers as list_mixers
+from .registry import register_mixer as register_mixer
+from .sep_conv import SepConvMixer as SepConvMixer
+from .spatial_fc import SpatialFCMixer as SpatialFCMixer

@@ -1,0 +1,169 @@
+"""Claims of EMS (arXiv:2412.08521), measured with the embedded model on text it never saw."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from tokenry.assets import held_out_texts, load_model
+from tokenry.claims.registry import Context, Measurement, measures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXT, FOLLOWING, WINDOW, BUDGETS = 96, 32, 8, (16, 24, 48)
+PASSAGES = 80
+NAMES = ("EMS", "local only", "sliding window", "4 sinks + recent", "H2O", "global only", "no merging")
+
+
+def passages(tokenizer: Any, length: int, limit: int, seed: int = 0) -> Tensor:
+    """``[P, length]``: the start of each English held-out text that is long enough, another piece per seed."""
+    import torch
+
+    rows = []
+    for text in held_out_texts("english"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        first = (seed * 37) % max(1, len(ids) - length)
+        if len(ids) >= length + first:
+            rows.append(ids[first : first + length])
+    return torch.tensor(rows[:limit])
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval."""
+    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@measures("ems", "divergence")
+def divergence(context: Context) -> Measurement:
+    """KL from the full cache over 32 tokens after 96, paired per passage."""
+
+    def at(budget: int) -> dict[str, dict[str, list[float]]]:
+        from tokenry.kvcache import EMSCache, GlobalCache, H2OCache, SinkCache, SlidingWindowCache, SnapKVCache
+        from tokenry.kvcache.fidelity import cache_fidelity
+
+        model, tokenizer = load_model("small", device=context.device)
+        config = model.config
+        caches = {
+            "EMS": lambda: EMSCache(config, budget, WINDOW),
+            "local only": lambda: SnapKVCache(config, budget, WINDOW),
+            "sliding window": lambda: SlidingWindowCache(config, budget),
+            "4 sinks + recent": lambda: SinkCache(config, budget),
+            "H2O": lambda: H2OCache(config, budget, WINDOW),
+            "global only": lambda: GlobalCache(config, budget, WINDOW),
+            "no merging": lambda: EMSCache(config, budget, WINDOW, merge_ratio=0.0),
+        }
+        tokens = passages(tokenizer, CONTEXT + FOLLOWING + 1, PASSAGES, context.seed)
+        found = cache_fidelity(model, tokens, CONTEXT, caches, batch_size=16)
+        return {
+            name: {"kl": f.divergence.tolist(), "agreement": f.agreement.tolist(), "nll": f.loss.tolist()}
+            for name, f in found.items()
+        }
+
+    details: dict[str, Any] = {"context": CONTEXT, "following": FOLLOWING, "window": WINDOW, "budgets": {}}
+    smallest: dict[str, tuple[float, float]] = {}
+    value = spread = baseline = 0.0
+    count = 0
+    for budget in BUDGETS:
+        found = context.session.step(f"budget{budget}", lambda budget=budget: at(budget))
+        ems = found["EMS"]["kl"]
+        worse = {n: _mean([x - y for x, y in zip(found[n]["kl"], ems, strict=True)]) for n in NAMES if n != "EMS"}
+        details["budgets"][str(budget)] = {
+            name: {
+                "divergence": statistics.fmean(figures["kl"]),
+                "top1 agreement": statistics.fmean(figures["agreement"]),
+                "nll": statistics.fmean(figures["nll"]),
+                **({"worse than EMS by": worse[name][0], "+-": worse[name][1]} if name in worse else {}),
+            }
+            for name, figures in found.items()
+        }
+        if budget == BUDGETS[0]:
+            smallest, count = worse, len(ems)
+            value, spread = _mean(ems)
+            baseline = statistics.fmean(found["local only"]["kl"])
+    needed = ("local only", "sliding window")
+    shows = value - spread > 0 and all(smallest[n][0] - smallest[n][1] > 0 for n in needed)
+    others = "; ".join(f"{n} {d:+.4f} +- {h:.4f}" for n, (d, h) in smallest.items())
+    return Measurement(
+        shows=shows,
+        value=value,
+        baseline=baseline,
+        spread=spread,
+        sentence=(
+            f"KL from the full cache with {BUDGETS[0]} of {CONTEXT} entries over {count} passages: EMS {value:.4f} +- "
+            f"{spread:.4f} nats; the others against EMS, paired: {others} (local only and sliding window must be worse "
+            "with their 95 % intervals above 0; the rest is reported)"
+        ),
+        details=details,
+    )
+
+
+@measures("ems", "exact-when-it-fits")
+def exact_when_it_fits(context: Context) -> Measurement:
+    """Logits with a budget of the context's length equal those of the full cache, bit for bit."""
+
+    def run() -> dict[str, int]:
+        import torch
+
+        from tokenry.kvcache import EMSCache
+        from tokenry.kvcache.fidelity import next_logits
+
+        model, tokenizer = load_model("small", device=context.device)
+        tokens = passages(tokenizer, 129, 16, context.seed)
+        full = next_logits(model, tokens, 96, None)
+        fits = next_logits(model, tokens, 96, EMSCache(model.config, budget=96))
+        cut = next_logits(model, tokens, 96, EMSCache(model.config, budget=95))
+        same = [torch.equal(a, b) for a, b in zip(full, fits, strict=True)]
+        changed = [not torch.equal(a, b) for a, b in zip(full, cut, strict=True)]
+        return {"passages": len(same), "equal": sum(same), "changed with one entry less": sum(changed)}
+
+    found = context.session.step("logits", run)
+    return Measurement(
+        shows=found["equal"] == found["passages"] and found["changed with one entry less"] > 0,
+        value=found["equal"],
+        baseline=found["passages"],
+        sentence=(
+            f"logits after 96 tokens with a budget of 96 are bit-equal to the full cache's for {found['equal']} of "
+            f"{found['passages']} passages (must be all); with a budget of 95 "
+            f"{found['changed with one entry less']} of them change (must be more than 0)"
+        ),
+        details=found,
+    )
+
+
+@measures("ems", "memory")
+def memory(context: Context) -> Measurement:
+    """Bytes that the cache holds after prompts of several lengths, against the promise and the full cache."""
+
+    def run() -> dict[str, dict[str, int]]:
+        import torch
+        from transformers import DynamicCache
+
+        from tokenry.kvcache import EMSCache, cache_bytes
+
+        model, tokenizer = load_model("small", device=context.device)
+        config = model.config
+        ids = tokenizer(" ".join(held_out_texts("english")[:4]), return_tensors="pt")["input_ids"].to(context.device)
+        promised = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * config.head_dim * 4
+        found = {}
+        for length in (256, 512, 1024):
+            caches = EMSCache(config, budget=128), DynamicCache(config=config)
+            with torch.inference_mode():
+                for cache in caches:
+                    model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
+            found[str(length)] = {"EMS": cache_bytes(caches[0]), "full": cache_bytes(caches[1]), "promised": promised}
+        return found
+
+    found = context.session.step("bytes", run)
+    largest = found["1024"]
+    return Measurement(
+        shows=all(f["EMS"] == f["promised"] for f in found.values()) and largest["full"] == 8 * largest["EMS"],
+        value=largest["full"] / largest["EMS"],
+        baseline=1.0,
+        sentence=(
+            f"128 entries per head hold {largest['EMS']:,} bytes after 256, 512 and 1,024 tokens (must be "
+            f"{largest['promised']:,} each time); the full cache holds {largest['full']:,} after 1,024 (must be 8 times)"
+        ),
+        details=found,
+    )

@@ -1,0 +1,352 @@
+"""Compare caches: what a fixed number of entries per head costs in predictions, and saves in memory and time."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenry.assets import held_out_texts, load_model
+from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.measure.session import Session
+from tokenry.measure.timing import fit_exponent, interleave
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+__all__ = ["KVCache"]
+
+FULL = "full cache"
+EMS = "EMS"
+SLUGS = {EMS: "ems", "EMS, no merging": "ems"}
+STEPS = 8  # tokens per timed call
+
+
+def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) -> Cache:
+    """A new cache of the method ``name``."""
+    from transformers import DynamicCache
+
+    from tokenry import kvcache
+
+    makers: dict[str, Callable[[], Cache]] = {
+        FULL: lambda: DynamicCache(config=config),
+        EMS: lambda: kvcache.EMSCache(config, budget, window),
+        "EMS, no merging": lambda: kvcache.EMSCache(config, budget, window, merge_ratio=0.0),
+        "global score only": lambda: kvcache.GlobalCache(config, budget, window),
+        "H2O": lambda: kvcache.H2OCache(config, budget, window),
+        "SnapKV-like (local)": lambda: kvcache.SnapKVCache(config, budget, window),
+        "sinks and recent": lambda: kvcache.SinkCache(config, budget),
+        "sliding window": lambda: kvcache.SlidingWindowCache(config, budget),
+    }
+    return makers[name]()
+
+
+NAMES = [
+    FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV-like (local)", "sinks and recent", "sliding window",
+]  # fmt: skip
+
+
+def read_texts(data: str | None) -> list[str]:
+    """The user's texts: a text file (passages between blank lines), a JSON list, or a folder of text files."""
+    if data is None:
+        return held_out_texts("english")
+    path = Path(data)
+    if path.is_dir():
+        texts = [file.read_text("utf-8") for file in sorted(path.glob("*.txt"))]
+    elif path.is_file():
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            texts = json.loads(text)
+            if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+                raise ValueError(f"{data} must hold a JSON list of strings")
+        else:
+            texts = [text]
+    else:
+        raise ValueError(f"no such file or folder: {data}; give a .txt, a .json list of texts, or a folder of .txt files")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{data} holds no text; give a .txt, a .json list of texts, or a folder of .txt files")
+    return texts
+
+
+class KVCache(Comparison):
+    """Caches of equal budgets on the same passages."""
+
+    kind = "kvcache"
+    title = "Key-value cache compression"
+    question = "How much of the cache can go, and what does the model say differently then?"
+    baseline = FULL
+    columns = [
+        Column(key="budget", title="entries per head"),
+        Column(key="divergence", title="divergence from the full cache", unit="nats", better="lower"),
+        Column(key="against", title="divergence minus EMS's", unit="nats", better="lower"),
+        Column(key="agreement", title="same top token", unit="%", better="higher"),
+        Column(key="loss", title="loss of the true text", unit="nats/token", better="lower", digits=4),
+        Column(key="bytes", title="cache after the prompt", unit="KiB per text", better="lower"),
+        Column(key="saved", title="cache is smaller by", unit="x", better="higher"),
+        Column(key="read", title="reading the prompt, full cache = 1", unit="x", better="lower"),
+        Column(key="step", title="one new token, full cache = 1", unit="x", better="lower"),
+    ]
+    plots = [
+        Plot(
+            title="Divergence against memory",
+            x="bytes",
+            y="divergence",
+            log_x=True,
+            caption="Nearer the lower left corner is better: fewer bytes, fewer changed predictions.",
+        ),
+        Plot(title="Time of one new token against the full cache", y="step"),
+    ]
+    settings = {
+        "budgets": [0],
+        "window": 16,
+        "context": 0,
+        "following": 32,
+        "passages": 0,
+        "timing_context": 0,
+        "lengths": [0],
+    }
+
+    def methods(self) -> list[str]:
+        """All caches, the full one first."""
+        return list(NAMES)
+
+    def plan(self, options: Options) -> dict[str, Any]:
+        """The sizes of this run: the user's settings, and for those at 0 what the effort allows."""
+        demo = options.effort == "demo"
+        defaults = {
+            "budgets": [32] if demo else [24, 48, 96],
+            "context": 128 if demo else 256,
+            "passages": 8 if demo else 48,
+            "timing_context": 512 if demo else 960,
+            "lengths": [128, 256, 512] if demo else [128, 256, 512, 960],
+        }
+        found = {name: self.setting(options, name) for name in self.settings}
+        return {name: defaults[name] if value in (0, [0]) else value for name, value in found.items()}
+
+    def check(self, options: Options) -> None:
+        """Refuse bad sizes and missing data before a model is loaded."""
+        super().check(options)
+        plan = self.plan(options)
+        for budget in plan["budgets"]:
+            if not 1 <= plan["window"] < budget:
+                raise ValueError(f"kvcache: window={plan['window']} must be at least 1 and smaller than budget {budget}")
+            if budget < 5:
+                raise ValueError(f"kvcache: budgets must be at least 5 (4 sinks and a token), got {budget}")
+            if budget >= plan["context"]:
+                raise ValueError(
+                    f"kvcache: budget {budget} keeps all of a context of {plan['context']} tokens; "
+                    "give smaller budgets or a longer context"
+                )
+        for name in ("following", "passages"):
+            if plan[name] < 2:
+                raise ValueError(f"kvcache: {name} must be at least 2, got {plan[name]}")
+        read_texts(options.data)
+
+    def run(self, options: Options, session: Session) -> Outcome:
+        """Predictions at every budget, then times, then growth with the length of the prompt."""
+        plan, names = self.plan(options), self.chosen(options)
+        loaded: list[tuple[PreTrainedModel, Any]] = []
+
+        def model() -> tuple[PreTrainedModel, Any]:
+            if not loaded:
+                loaded.append(load_model(options.model or "small", dtype=options.dtype, device=options.device))
+            return loaded[0]
+
+        rows: list[dict[str, Any]] = []
+        worse: dict[int, dict[str, tuple[float, float]]] = {}
+        for budget in plan["budgets"]:
+            quality = session.step(f"predictions/{budget}", partial(_predictions, model, names, budget, plan, options))
+            times = session.step(f"times/{budget}", partial(_times, model, names, budget, plan, options))
+            worse[budget] = {}
+            for name in names:
+                if name == FULL and rows:
+                    continue
+                figures, time = quality[name], times[name]
+                row = {
+                    "method": name if name == FULL else f"{name} ({budget})",
+                    "slug": SLUGS.get(name),
+                    "budget": None if name == FULL else budget,
+                    "divergence": statistics.fmean(figures["kl"]),
+                    "divergence_spread": _half_width(figures["kl"]),
+                    "agreement": 100 * statistics.fmean(figures["agreement"]),
+                    "loss": statistics.fmean(figures["loss"]),
+                    "bytes": time["bytes"] / 1024,
+                    "saved": times[FULL]["bytes"] / time["bytes"],
+                }
+                if EMS in names and name not in (EMS, FULL):
+                    paired = [a - b for a, b in zip(figures["kl"], quality[EMS]["kl"], strict=True)]
+                    worse[budget][name] = statistics.fmean(paired), _half_width(paired)
+                    row["against"], row["against_spread"] = worse[budget][name]
+                for key in ("read", "step"):
+                    row[key] = time[key]["median"] / times[FULL][key]["median"]
+                    row[f"{key}_spread"] = (time[key]["high"] - time[key]["low"]) / 2 / times[FULL][key]["median"]
+                rows.append(row)
+        budget = plan["budgets"][0]
+        sweeps = self._sweeps(model, names, budget, plan, options, session)
+        examples = session.step("examples", partial(_examples, model, names, budget, plan, options))
+        return Outcome(rows=rows, sweeps=sweeps, notes=_notes(plan, worse, rows, options), examples=examples)
+
+    def _sweeps(
+        self, model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options, session: Session
+    ) -> list[Sweep]:
+        lengths = [length for length in plan["lengths"] if length > budget]
+        points: dict[str, dict[str, list[tuple[float, float]]]] = {"read": {}, "step": {}, "bytes": {}}
+        for length in lengths:
+            sized = {**plan, "timing_context": length}
+            found = session.step(f"growth/{length}", partial(_times, model, names, budget, sized, options))
+            for name in names:
+                for key in ("read", "step"):
+                    points[key].setdefault(name, []).append((length, found[name][key]["median"] * 1000))
+                points["bytes"].setdefault(name, []).append((length, found[name]["bytes"] / 1024))
+        if len(lengths) < 2:
+            return []
+        titles = {
+            "read": ("Reading the prompt and cutting the cache", "milliseconds", "The prompt is read in full by all."),
+            "step": ("One new token", "milliseconds", "On a small model the time of a token is mostly not attention."),
+            "bytes": ("Cache after the prompt", "KiB", f"{budget} entries per head, whatever the prompt's length."),
+        }
+        return [
+            Sweep(
+                title=title,
+                x="tokens in the prompt",
+                y=unit,
+                points=points[key],
+                exponents={n: fit_exponent(*zip(*p, strict=True)) for n, p in points[key].items()},
+                caption=caption,
+            )
+            for key, (title, unit, caption) in titles.items()
+        ]
+
+
+def _half_width(values: list[float]) -> float:
+    """Half of a 95 % interval of the mean."""
+    return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _passages(model: Any, length: int, limit: int, options: Options) -> Tensor:
+    """``[P, length]`` token ids; a long text gives several passages, each text's first before any second."""
+    import torch
+
+    tokenizer = model()[1]
+    pieces: list[tuple[int, list[int]]] = []
+    for text in read_texts(options.data):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces += [(i, ids[i * length : (i + 1) * length]) for i in range(len(ids) // length)]
+    pieces.sort(key=lambda piece: piece[0])
+    if len(pieces) < 2:
+        raise ValueError(
+            f"kvcache: the texts hold {len(pieces)} passages of {length} tokens and at least 2 are needed; give longer "
+            "texts or a smaller context"
+        )
+    return torch.tensor([ids for _, ids in pieces[:limit]])
+
+
+def _predictions(
+    model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options
+) -> dict[str, dict[str, list[float]]]:
+    from tokenry.kvcache import cache_fidelity
+
+    found_model = model()[0]
+    tokens = _passages(model, plan["context"] + plan["following"] + 1, plan["passages"], options)
+    makers = {n: partial(make_cache, n, found_model.config, budget, plan["window"]) for n in names if n != FULL}
+    found = cache_fidelity(found_model, tokens, plan["context"], makers)
+    found[FULL] = found.pop("full")
+    return {
+        name: {"kl": f.divergence.tolist(), "agreement": f.agreement.tolist(), "loss": f.loss.tolist()}
+        for name, f in found.items()
+    }
+
+
+def _times(model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Bytes after the prompt, seconds to read it, and seconds per new token."""
+    import torch
+
+    from tokenry.kvcache import cache_bytes
+
+    network, tokenizer = model()
+    length = plan["timing_context"]
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = torch.randint(len(tokenizer), (1, length), generator=generator).to(network.device)
+    caches: dict[str, Cache] = {}
+
+    def read(name: str) -> None:
+        caches[name] = make_cache(name, network.config, budget, plan["window"])
+        with torch.inference_mode():
+            network(ids, past_key_values=caches[name], logits_to_keep=1)
+
+    def step(name: str) -> None:
+        with torch.inference_mode():
+            for _ in range(STEPS):
+                network(ids[:, :1], past_key_values=caches[name])
+
+    reading = interleave(
+        {name: partial(read, name) for name in names}, repeats=options.repeats, warmup=1, device=options.device
+    )
+    size = {name: cache_bytes(caches[name]) for name in names}
+    limit = getattr(network.config, "max_position_embeddings", None) or math.inf
+    repeats = max(1, min(options.repeats, int((limit - length) // STEPS) - 1))
+    stepping = interleave(
+        {name: partial(step, name) for name in names}, repeats=repeats, warmup=1, device=options.device
+    )
+    return {
+        name: {
+            "bytes": size[name],
+            "read": reading[name].as_dict(),
+            "step": {k: getattr(stepping[name], k) / STEPS for k in ("median", "low", "high")},
+        }
+        for name in names
+    }
+
+
+def _examples(model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options) -> dict[str, str]:
+    """What the model writes after the first passage, under each cache."""
+    import torch
+
+    network, tokenizer = model()
+    ids = _passages(model, plan["context"], 2, options)[:1].to(network.device)
+    found = {"the end of the prompt": tokenizer.decode(ids[0, -48:])}
+    for name in names:
+        cache = make_cache(name, network.config, budget, plan["window"])
+        out = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        found[name] = tokenizer.decode(out[0, ids.shape[1] :])
+    return found
+
+
+def _notes(
+    plan: dict[str, Any], worse: dict[int, dict[str, tuple[float, float]]], rows: list[dict[str, Any]], options: Options
+) -> list[str]:
+    notes = [
+        f"Predictions: {plan['following']} tokens after a context of {plan['context']}, the true text being fed; the cache "
+        f"is cut once, after the context. Window {plan['window']}. Intervals are 95 %, paired by passage.",
+        f"Times: prompts of {plan['timing_context']} random tokens, batch of one. Every method that ranks by attention "
+        "computes it a second time while the prompt is read (the local one only for its window), so reading is slower "
+        "than with the full cache; a token afterwards is cheaper only where attention is a large part of it.",
+    ]
+    for budget, others in worse.items():
+        better = [f"{n} by {-d:.4f} +- {h:.4f}" for n, (d, h) in others.items() if d + h < 0]
+        equal = [n for n, (d, h) in others.items() if abs(d) <= h]
+        if better:
+            notes.append(f"With {budget} entries EMS is further from the full cache than {', '.join(better)} nats.")
+        if equal:
+            notes.append(f"With {budget} entries EMS cannot be told from {', '.join(equal)} on these passages.")
+    slower = [row["method"] for row in rows if row["step"] > 1.05]
+    if slower:
+        notes.append(f"A new token takes longer than with the full cache under: {', '.join(slower)}.")
+    if options.effort == "demo":
+        notes.append("A short run: few passages, so the intervals are wide. The full run settles more.")
+    if options.model is None:
+        notes.append("The embedded model is small and uses little of a long context; run it with your own (--model).")
+    return notes

@@ -1,0 +1,471 @@
+"""The machinery of every cache that evicts: observe attention, score the stored entries, keep a budget of them.
+
+A method is a *scorer* (which entries matter, ``tokenry.kvcache.scores``) and possibly a *merger* (what becomes of the
+evicted, for example ``tokenry.kvcache.ems``). Everything else is here, once: per-head gathering, positions, left
+padding, running sums, repeated compression while decoding.
+
+Two rules keep a shortened cache correct. ``get_seq_length`` counts the tokens *seen*, so the next token gets its true
+position although fewer entries are stored; ``get_mask_sizes`` gives the stored length and the difference as offset.
+And kept entries stay in the order of their positions: padding is on the left, so after compression it is still on the
+left and the model's ordinary attention mask covers exactly it.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from tokenry.kernels.attention_sums import attention_sums
+from tokenry.kvcache.observe import AttentionCall, check_observed, forget, observe_next_attention
+
+__all__ = [
+    "CompressedCache",
+    "CompressedLayer",
+    "Entries",
+    "Merger",
+    "Scorer",
+    "cache_bytes",
+    "compress",
+    "evict",
+    "merge_into",
+]
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Entries:
+    """What is known about the ``S`` stored entries of a layer, per key head.
+
+    Attributes:
+        keys: ``[B, H, S, D]`` as cached (rotated).
+        values: ``[B, H, S, D]``.
+        positions: ``[B, H, S]`` int64: number of the token in the sequence, padding counted.
+        valid: ``[B, S]`` bool: False for padding. Padding comes first.
+        sums: ``[B, H, S]`` float32: attention from the observed queries, averaged over a group's heads.
+        counts: ``[B, H, S]`` int64: how many observed queries could see the entry.
+        recent: ``[B, H, R, S]`` float32: attention rows of the last ``R <= window`` queries; zero where a query
+            could not see the entry.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    sums: Tensor
+    counts: Tensor
+    recent: Tensor
+
+
+class Scorer(Protocol):
+    """Ranks stored entries; a higher score stays.
+
+    Attributes:
+        needs: ``"all"``: column sums over all queries; ``"recent"``: only the last queries' rows (cheaper; ``sums``
+            holds those rows' sums); ``"nothing"``: no attention at all.
+    """
+
+    needs: Literal["all", "recent", "nothing"]
+
+    def __call__(self, entries: Entries) -> Tensor:
+        """Scores ``[B, H, S]`` float32; what padding gets does not matter."""
+        ...
+
+
+class Merger(Protocol):
+    """Says which evicted entries live on inside kept ones."""
+
+    def candidates(self, budget: int) -> int:
+        """How many evicted entries, best first, may be merged."""
+        ...
+
+    def classes(self, keys: Tensor, candidates: Tensor) -> Tensor:
+        """Class of each candidate.
+
+        Args:
+            keys: ``[B, H, K, D]`` of the kept old entries, in ascending position.
+            candidates: ``[B, H, M, D]`` keys of the candidates.
+
+        Returns:
+            ``[B, H, M]`` int64: 0 drops the candidate, ``c >= 1`` merges it into kept entry ``c - 1``.
+        """
+        ...
+
+
+def evict(scores: Tensor, budget: int, window: int, candidates: int = 0) -> tuple[Tensor, Tensor]:
+    """Choose what stays beside the window: the best ``budget - window`` older entries of every head.
+
+    Args:
+        scores: ``[..., S]``; on a tie the older entry wins.
+        budget: Entries that stay, the window included.
+        window: Newest entries that always stay.
+        candidates: How many of the next best to return, for merging.
+
+    Returns:
+        ``heavy`` ``[..., budget - window]`` indices in ascending order, and ``next best`` ``[..., M]`` indices by
+        falling score, ``M <= candidates``.
+
+    Example:
+        >>> heavy, rest = evict(torch.tensor([0.3, 0.1, 0.3, 0.2, 0.0]), budget=3, window=1, candidates=1)
+        >>> heavy.tolist(), rest.tolist()
+        ([0, 2], [3])
+    """
+    older = scores[..., : scores.shape[-1] - window]
+    order = older.argsort(dim=-1, descending=True, stable=True)
+    keep = budget - window
+    return order[..., :keep].sort(dim=-1).values, order[..., keep : keep + candidates]
+
+
+def merge_into(kept: Tensor, members: Tensor, classes: Tensor) -> Tensor:
+    """Add members to the entries they are merged into; class 0 is thrown away. All heads at once.
+
+    Args:
+        kept: ``[B, H, K, ...]``.
+        members: ``[B, H, M, ...]``.
+        classes: ``[B, H, M]`` in ``0..K``.
+    """
+    slots = torch.cat([torch.zeros_like(kept[:, :, :1]), kept], dim=2)  # slot 0 is the zero class
+    index = classes.view(*classes.shape, *[1] * (kept.ndim - 3)).expand_as(members)
+    return slots.scatter_add(2, index, members)[:, :, 1:]
+
+
+def compress(entries: Entries, scores: Tensor, budget: int, window: int, merger: Merger | None = None) -> Entries:
+    """Keep ``budget`` entries per head, and merge what the merger says into them.
+
+    Merging is a weighted mean with the scores as weights, of keys and of values alike, so norms never grow. An entry
+    without members stays bit for bit. Running sums of members are added.
+
+    Args:
+        entries: ``S >= budget`` entries.
+        scores: ``[B, H, S]``, at least 0 where a merger is given.
+        budget: Entries that stay, the window included.
+        window: Newest entries that always stay and take part in no merging.
+        merger: None: the evicted are dropped.
+
+    Returns:
+        The ``budget`` entries that stay, in ascending position.
+    """
+    scores = scores.masked_fill(~entries.valid[:, None], -torch.inf)
+    heavy, rest = evict(scores, budget, window, 0 if merger is None else merger.candidates(budget))
+    batch, heads, stored = scores.shape
+    newest = torch.arange(stored - window, stored, device=scores.device).expand(batch, heads, window)
+    kept = torch.cat([heavy, newest], dim=-1)  # [B, H, budget]
+    left = Entries(
+        keys=_pick(entries.keys, kept),
+        values=_pick(entries.values, kept),
+        positions=entries.positions.gather(-1, kept),
+        valid=entries.valid.gather(-1, kept[:, 0]),  # padding is kept first or not at all, in every head alike
+        sums=entries.sums.gather(-1, kept),
+        counts=entries.counts.gather(-1, kept),
+        recent=_pick(entries.recent.transpose(2, 3), kept).transpose(2, 3),
+    )
+    if merger is None or rest.shape[-1] == 0:
+        return left
+    old, members = slice(0, heavy.shape[-1]), scores.gather(-1, rest)
+    classes = merger.classes(left.keys[:, :, old], _pick(entries.keys, rest))  # [B, H, M]
+    classes = classes.masked_fill(members == -torch.inf, 0)
+    weight, member_weight = scores.gather(-1, heavy).clamp_min(0), members.clamp_min(0)
+    total = merge_into(weight, member_weight, classes)[..., None]
+    for target, source in ((left.keys, entries.keys), (left.values, entries.values)):
+        own, others = target[:, :, old].float() * weight[..., None], _pick(source, rest).float()
+        mixed = merge_into(own, others * member_weight[..., None], classes) / total.clamp_min(TINY)
+        target[:, :, old] = torch.where(total > weight[..., None], mixed.to(target.dtype), target[:, :, old])
+    left.sums[..., old] = merge_into(left.sums[..., old], entries.sums.gather(-1, rest), classes)
+    rows = _pick(entries.recent.transpose(2, 3), rest)  # [B, H, M, R]
+    left.recent[..., old] = merge_into(left.recent[..., old].transpose(2, 3), rows, classes).transpose(2, 3)
+    return left
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Entries ``index`` ``[B, H, K]`` of ``x`` ``[B, H, S, D]``."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+class CompressedLayer(DynamicLayer):
+    """One layer of a cache that is cut to ``budget`` entries per head.
+
+    Made by ``CompressedCache``, whose arguments it takes.
+    """
+
+    is_croppable = False
+
+    def __init__(
+        self, scorer: Scorer, budget: int, window: int, every: int | None = None, merger: Merger | None = None
+    ) -> None:
+        super().__init__()
+        self.scorer, self.merger = scorer, merger
+        self.budget, self.window, self.every = budget, window, every
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cumulative_length = 0
+        self.compressed = False
+        self.positions: Tensor | None = None  # [B, H, S], only while it can still be needed
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.recent: Tensor | None = None
+
+    @property
+    def stored(self) -> int:
+        """Entries held per head."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; the full keys and values take part in this call, compression follows it."""
+        self.cumulative_length += key_states.shape[-2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def wants_queries(self, new: int) -> bool:
+        """Whether the attention call after an update by ``new`` tokens must be observed."""
+        return self.every is not None or not self.compressed or new > 1
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not entries stored: the next token's position."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Stored length with the new tokens, and how many tokens are missing before it."""
+        if query_length == 0:
+            raise ValueError(
+                f"no new token for a cache that has seen {self.cumulative_length}: the prompt is a prefix of its text. "
+                "Give a prompt that continues it, or start with a new cache"
+            )
+        return self.stored + query_length, self.cumulative_length - self.stored
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: evicted entries cannot be brought back."""
+        raise ValueError(
+            "a cache that evicts cannot be rolled back: speculative and assisted decoding need a full cache "
+            "(DynamicCache); generate without an assistant model, or without this cache"
+        )
+
+    def reset(self) -> None:
+        """Forget everything; the object can be used for another prompt."""
+        super().reset()
+        self._forget()
+
+    def _per_row(self) -> list[str]:
+        return [n for n in ("positions", "sums", "counts", "recent") if getattr(self, n) is not None]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows, for beam search."""
+        super().reorder_cache(beam_idx)
+        for name in self._per_row():
+            setattr(self, name, getattr(self, name).index_select(0, beam_idx.to(self.keys.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        for name in self._per_row():
+            setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        for name in self._per_row():
+            setattr(self, name, getattr(self, name)[indices, ...])
+
+    @torch.no_grad()
+    def observe(self, call: AttentionCall) -> None:
+        """Take in the attention of the call that just ran; compress when it is time."""
+        new, before = call.query.shape[-2], self.stored - call.query.shape[-2]
+        if new > 1 and call.valid is not None:
+            self._check(call.valid, new)
+        if self.compressed and self.every is None:
+            return
+        valid = call.valid
+        if valid is None:
+            valid = self.keys.new_ones((self.keys.shape[0], self.stored), dtype=torch.bool)
+        self._add(call, new, before, valid)
+        if self.compressed or new == 1:
+            due = self.every is not None and self.stored > self.budget + self.every
+        else:
+            due = self.stored > self.budget
+        if due:
+            self._compress(valid)
+
+    def _check(self, valid: Tensor, new: int) -> None:
+        """The mask must cover all that was seen, with padding on the left."""
+        shown = valid.all(-1) | ((valid[:, 1:] >= valid[:, :-1]).all(-1) & valid[:, -1])
+        if bool(shown.all()):
+            return
+        if self.cumulative_length > new:
+            raise ValueError(
+                f"the attention mask does not cover the {self.cumulative_length} tokens seen with the {new} new ones: "
+                "this cache holds another text, or the new prompt is only a prefix of its text. Start with a new cache "
+                "(or cache.reset()), or give a prompt that continues its text"
+            )
+        raise ValueError(
+            "the attention mask hides a token behind a visible one; a compressed cache needs padding on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+
+    def _add(self, call: AttentionCall, new: int, before: int, valid: Tensor) -> None:
+        """Add one call's attention to the running sums."""
+        batch, heads, stored, _ = self.keys.shape
+        device = self.keys.device
+        places = torch.arange(self.cumulative_length - new, self.cumulative_length, device=device)
+        positions = places.expand(batch, heads, -1)
+        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=-1)
+        needs, query, mask, bias = self.scorer.needs, call.query, call.mask, call.bias
+        if needs == "nothing":
+            return
+        if needs == "recent" and new > self.window:  # older queries cannot matter
+            query = query[:, :, -self.window :]
+            mask = None if mask is None else mask[:, :, -self.window :]
+            bias = None if bias is None else bias[..., -self.window :, :]
+        seen = attention_sums(
+            query,
+            self.keys,
+            scaling=call.scaling,
+            mask=mask,
+            valid=None if call.valid is None else valid,
+            recent=self.window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            bias=bias,
+        )
+        counts = seen.counts[:, None].expand(batch, heads, stored)
+        if self.sums is None or self.counts is None or self.recent is None:
+            self.sums, self.counts, self.recent = seen.sums, counts.clone(), seen.rows
+            return
+        grow = (0, new)
+        self.sums = torch.nn.functional.pad(self.sums, grow) + seen.sums
+        self.counts = torch.nn.functional.pad(self.counts, grow) + counts
+        recent = torch.cat([torch.nn.functional.pad(self.recent, grow), seen.rows], dim=2)
+        self.recent = recent[:, :, -self.window :]
+
+    def _compress(self, valid: Tensor) -> None:
+        """Cut to the budget; carry the running sums along if there is a next time."""
+        batch, heads, stored, _ = self.keys.shape
+        none = self.keys.new_zeros((batch, heads, stored), dtype=torch.float32)
+        entries = Entries(
+            keys=self.keys,
+            values=self.values,
+            positions=none.long() if self.positions is None else self.positions,
+            valid=valid,
+            sums=none if self.sums is None else self.sums,
+            counts=none.long() if self.counts is None else self.counts,
+            recent=none[:, :, None][:, :, :0] if self.recent is None else self.recent,
+        )
+        left = compress(entries, self.scorer(entries), self.budget, self.window, self.merger)
+        self.keys, self.values, self.compressed = left.keys, left.values, True
+        if self.every is None:
+            self.positions = self.sums = self.counts = self.recent = None
+            return
+        self.positions = left.positions
+        if self.sums is not None:
+            self.sums, self.counts, self.recent = left.sums, left.counts, left.recent
+
+
+class CompressedCache(Cache):
+    """A key-value cache that keeps ``budget`` entries per head of every full-attention layer.
+
+    The prompt is read with full attention; right after each layer's attention its cache is cut. Without ``every``
+    that happens once, after the first pass of more than one token that leaves more than ``budget`` entries; from then
+    on the cache grows by one per token. With ``every=n`` it is cut again whenever more than ``budget + n`` are stored.
+
+    Layers that are not full attention (sliding window, linear) stay what they are in ``DynamicCache``. To score
+    entries the cache must see queries: see ``tokenry.kvcache.observe`` for how, and for why ``config`` must be the
+    model's own object.
+
+    Args:
+        config: ``model.config``.
+        scorer: Ranks the entries.
+        budget: Entries per head that stay, the window included.
+        window: Newest tokens that always stay, and whose attention is the "recent" attention.
+        every: Cut again while decoding, whenever the stored length exceeds ``budget + every``. None: never.
+        merger: What becomes of the evicted. None: they are dropped.
+
+    Raises:
+        ValueError: A bad size, no config, an encoder-decoder, or no full-attention layer.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        scorer: Scorer,
+        *,
+        budget: int,
+        window: int,
+        every: int | None = None,
+        merger: Merger | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config must be the model's config object (model.config), got {type(config).__name__}")
+        if config.is_encoder_decoder:
+            raise ValueError("encoder-decoder models are not supported; give the config of a decoder-only model")
+        if budget < 2:
+            raise ValueError(f"budget must be at least 2 entries per head, got {budget}")
+        if not 1 <= window < budget:
+            raise ValueError(
+                f"window must be at least 1 and smaller than the budget of {budget} entries, got {window}; "
+                "the window is part of the budget"
+            )
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1 token, or None to compress once; got {every}")
+        self.config = config.get_text_config(decoder=True)
+        layers = [
+            CompressedLayer(scorer, budget, window, every, merger) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=config).layers
+        ]
+        if not any(isinstance(layer, CompressedLayer) for layer in layers):
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"no layer of this model has a full-attention cache to compress (its layers: {', '.join(kinds)}); "
+                "use DynamicCache"
+            )
+        super().__init__(layers=layers)
+        self._restore = weakref.finalize(self, forget, self.config)
+        self._restore.atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        """A copy that still belongs to the same model: the config is shared."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self.config)] = self.config
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_restore"})
+        twin._restore = weakref.finalize(twin, forget, twin.config)
+        twin._restore.atexit = False
+        return twin
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one layer's keys and values, and ask to see the attention call that follows."""
+        check_observed(self.config, self.layers)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedLayer) and layer.wants_queries(key_states.shape[-2]):
+            observe_next_attention(self.config, layer, keys.shape[-2])
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a query of this length will see."""
+        check_observed(self.config, self.layers)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the tensors that a cache holds: keys, values, and what it keeps beside them.
+
+    Example:
+        >>> cache = DynamicCache()
+        >>> _ = cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+        >>> cache_bytes(cache)
+        192
+    """
+    found = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, Tensor)
+    }
+    return sum(found.values())

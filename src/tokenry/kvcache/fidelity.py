@@ -1,0 +1,97 @@
+"""How far a compressed cache leads a model away from what it would have said with all of it.
+
+Per passage, over the T tokens that follow a context of N tokens:
+
+    KL = 1/T Σ_t Σ_v p_full(v | <=t) · log(p_full(v | <=t) / p_cache(v | <=t))
+
+with ``p_full`` from the full cache and ``p_cache`` from the same model whose cache was cut after the context. The
+true text is fed, so that both read the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+__all__ = ["Fidelity", "cache_fidelity", "next_logits"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Figures per passage, each ``[P]`` float64 on the CPU.
+
+    Attributes:
+        divergence: Mean KL from the full cache's next-token distribution, in nats.
+        agreement: Share of tokens where both find the same word most likely.
+        loss: Mean negative log likelihood of the true text, in nats per token.
+    """
+
+    divergence: Tensor
+    agreement: Tensor
+    loss: Tensor
+
+
+@torch.inference_mode()
+def next_logits(model: PreTrainedModel, tokens: Tensor, context: int, cache: Cache | None) -> Tensor:
+    """Logits after each token that follows the context, the true text being fed.
+
+    Args:
+        model: A causal language model.
+        tokens: ``[P, N + T]`` int64 passages without padding.
+        context: ``N``, tokens read before the cut.
+        cache: A new cache; None: the full one.
+
+    Returns:
+        ``[P, T - 1, V]``: predictions of tokens ``N + 1 .. N + T - 1``.
+    """
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    tokens = tokens.to(model.device)
+    model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
+    return model(tokens[:, context:-1], past_key_values=cache).logits
+
+
+def cache_fidelity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    context: int,
+    caches: Mapping[str, Callable[[], Cache]],
+    *,
+    batch_size: int = 8,
+) -> dict[str, Fidelity]:
+    """Compare caches with the full cache on the same passages.
+
+    Args:
+        model: A causal language model.
+        tokens: ``[P, N + T]`` int64 passages without padding.
+        context: ``N``, tokens read before the cut; at least 2. At least 2 must follow.
+        caches: Name to a function that makes a new cache.
+        batch_size: Passages at a time.
+
+    Returns:
+        A ``Fidelity`` per name, and under ``"full"`` that of the full cache (divergence 0, agreement 1).
+
+    Raises:
+        ValueError: ``context`` leaves nothing to read or nothing to predict.
+    """
+    if tokens.ndim != 2 or not 2 <= context <= tokens.shape[1] - 2:
+        raise ValueError(
+            f"passages of shape {tuple(tokens.shape)} need a context of 2 to {tokens.shape[-1] - 2} tokens, got {context}"
+        )
+    makers: dict[str, Callable[[], Cache | None]] = {"full": lambda: None, **caches}
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in makers}
+    for rows in tokens.to(model.device).split(batch_size):
+        truth = rows[:, context + 1 :, None]  # [b, T - 1, 1]: what follows each token that is fed
+        expected = None
+        for name, make in makers.items():
+            found = next_logits(model, rows, context, make()).float().log_softmax(-1)  # [b, T - 1, V]
+            expected = found if expected is None else expected
+            kl = (expected.exp() * (expected - found)).sum(-1)
+            same = expected.argmax(-1) == found.argmax(-1)
+            loss = -found.gather(-1, truth)[..., 0]
+            mean_kl, mean_same, mean_loss = (x.double().mean(1).cpu() for x in (kl, same, loss))
+            parts[name].append((mean_kl, mean_same, mean_loss))
+    return {name: Fidelity(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items()}

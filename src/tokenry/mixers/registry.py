@@ -1,0 +1,293 @@
+"""Token mixers by name, their layouts, and the conversion between layouts.
+
+A token mixer is an ``nn.Module`` made as ``Mixer(dim, *, proj_drop=0.0, device=None, dtype=None, **its_own)`` whose
+forward keeps the shape. It declares
+
+    layout          "NCHW" (B, C, H, W), "NHWC" (B, H, W, C) or "NLC" (B, N, C)
+    fixed_tokens    None, or the only number of tokens N = H * W that it takes
+
+and the block around it converts, so a mixer of any paper runs inside any MetaFormer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+__all__ = [
+    "InLayout",
+    "Layout",
+    "MixerFactory",
+    "TokenMixer",
+    "convert_layout",
+    "create_mixer",
+    "for_timm",
+    "layout_of",
+    "list_mixers",
+    "mixer_factory",
+    "register_mixer",
+]
+
+# Name to where it is. Modules load on first use.
+MIXERS: dict[str, str | type[nn.Module]] = {
+    "aff": "tokenry.mixers.aff:AFFMixer",
+    "attention": "tokenry.mixers.attention:AttentionMixer",
+    "identity": "tokenry.mixers.identity:IdentityMixer",
+    "pool": "tokenry.mixers.pool:PoolingMixer",
+    "random": "tokenry.mixers.random:RandomMixer",
+    "sep_conv": "tokenry.mixers.sep_conv:SepConvMixer",
+    "spatial_fc": "tokenry.mixers.spatial_fc:SpatialFCMixer",
+}
+
+
+class Layout(StrEnum):
+    """Order of the axes that a mixer takes and returns; equal to its plain string."""
+
+    NCHW = "NCHW"
+    NHWC = "NHWC"
+    NLC = "NLC"
+
+
+@runtime_checkable
+class TokenMixer(Protocol):
+    """What every token mixer declares."""
+
+    layout: Layout | str
+    fixed_tokens: int | None
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Mix tokens; the result has the shape of ``x``."""
+        ...
+
+
+MixerFactory = Callable[..., nn.Module]
+
+
+def list_mixers() -> list[str]:
+    """Names that ``create_mixer`` and ``metaformer(token_mixers=...)`` take.
+
+    Example:
+        >>> list_mixers()
+        ['aff', 'attention', 'identity', 'pool', 'random', 'sep_conv', 'spatial_fc']
+    """
+    return sorted(MIXERS)
+
+
+def register_mixer(name: str, mixer: type[nn.Module]) -> type[nn.Module]:
+    """Give a mixer class a name of its own.
+
+    Args:
+        name: New name; an existing one is refused.
+        mixer: Class made as ``Mixer(dim, *, proj_drop, device, dtype, **its_own)``.
+
+    Raises:
+        ValueError: The name is taken, or the class declares no layout.
+    """
+    if name in MIXERS:
+        raise ValueError(f"a mixer called {name!r} is registered already; choose another name")
+    layout_of(mixer, required=True)
+    MIXERS[name] = mixer
+    return mixer
+
+
+def _by_name(name: str) -> type[nn.Module]:
+    if name not in MIXERS:
+        raise ValueError(f"no token mixer is called {name!r}; there are {', '.join(list_mixers())}")
+    target = MIXERS[name]
+    if isinstance(target, str):
+        module, attribute = target.split(":")
+        return getattr(importlib.import_module(module), attribute)
+    return target
+
+
+def mixer_factory(mixer: str | MixerFactory) -> MixerFactory:
+    """The class or callable behind a registered name; a class or callable is returned as it is.
+
+    Raises:
+        ValueError: An unknown name (the message lists all), or neither a name nor callable.
+    """
+    if isinstance(mixer, str):
+        return _by_name(mixer)
+    if not callable(mixer) or isinstance(mixer, nn.Module):
+        raise ValueError(
+            f"a token mixer is a registered name ({', '.join(list_mixers())}), a class or a callable (dim, **kw); "
+            f"got {type(mixer).__name__}"
+        )
+    return mixer
+
+
+def accepted_keywords(factory: MixerFactory) -> set[str] | None:
+    """Names of the keywords that a mixer takes; None: any."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def takes_keyword(factory: MixerFactory, name: str) -> bool:
+    """Whether a mixer names ``name`` among its parameters (``**kwargs`` alone does not count)."""
+    try:
+        return name in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def create_mixer(name: str, dim: int, *, layout: Layout | str | None = None, **kwargs: Any) -> nn.Module:
+    """Make a registered token mixer.
+
+    Args:
+        name: One of ``list_mixers()``.
+        dim: Channels C, at least 1.
+        layout: Layout in which the caller wants to call it; another one than the mixer's own wraps it in
+            ``InLayout``. None (default): the mixer's own.
+        **kwargs: The mixer's own keywords, and ``proj_drop``, ``device``, ``dtype`` that all take.
+
+    Raises:
+        ValueError: Unknown name, keyword or layout, or ``dim`` below 1.
+
+    Example:
+        >>> import torch
+        >>> pool = create_mixer("pool", 8, pool_size=5)
+        >>> pool.layout, pool(torch.randn(2, 8, 7, 5)).shape
+        (<Layout.NCHW: 'NCHW'>, torch.Size([2, 8, 7, 5]))
+    """
+    factory = _by_name(name)
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim must be a positive whole number of channels, got {dim!r}")
+    accepted = accepted_keywords(factory)
+    unknown = sorted(set(kwargs) - accepted) if accepted is not None else []
+    if unknown:
+        raise ValueError(
+            f"mixer {name!r} takes no {', '.join(map(repr, unknown))}; its keywords: "
+            f"{', '.join(sorted((accepted or set()) - {'dim'}))}"
+        )
+    if takes_keyword(factory, "num_tokens") and kwargs.get("num_tokens") is None:
+        raise ValueError(
+            f"mixer {name!r} works on a fixed number of tokens: give num_tokens=H * W of the maps it will see"
+        )
+    mixer = factory(dim, **kwargs)
+    return mixer if layout is None or Layout(layout) == layout_of(mixer) else InLayout(mixer, layout)
+
+
+def layout_of(mixer: object, *, required: bool = False) -> Layout:
+    """The layout that a mixer declares.
+
+    Modules that declare none are taken to be NCHW, as in timm's MetaFormer; its own ``Attention`` is NLC.
+
+    Raises:
+        ValueError: It declares something else than one of the three, or nothing although ``required``.
+    """
+    declared = getattr(mixer, "layout", None)
+    if declared is None:
+        if required:
+            raise ValueError(f"{mixer!r} declares no layout: set layout = 'NCHW', 'NHWC' or 'NLC' on the class")
+        from timm.models.metaformer import Attention
+
+        return Layout.NLC if isinstance(mixer, Attention) else Layout.NCHW
+    try:
+        return Layout(declared)
+    except ValueError:
+        raise ValueError(f"layout must be 'NCHW', 'NHWC' or 'NLC', got {declared!r}") from None
+
+
+def convert_layout(
+    x: Tensor, source: Layout | str, target: Layout | str, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Move the axes of ``x`` from one layout to another, as a view where strides allow.
+
+    Args:
+        x: Tokens in the layout ``source``.
+        source: Its layout.
+        target: The wanted layout.
+        grid: (H, W); needed from NLC to a map. None: taken to be square.
+
+    Raises:
+        ValueError: N tokens do not fill the grid, or no grid is given and N is no square.
+
+    Example:
+        >>> import torch
+        >>> convert_layout(torch.zeros(2, 8, 3, 5), "NCHW", "NLC").shape
+        torch.Size([2, 15, 8])
+    """
+    source, target = Layout(source), Layout(target)
+    if source == target:
+        return x
+    if source == Layout.NLC:
+        tokens = x.shape[1]
+        height, width = grid if grid is not None else (round(tokens**0.5),) * 2
+        if height * width != tokens:
+            given = "no grid was given and they are no square" if grid is None else f"the grid is {height}x{width}"
+            raise ValueError(f"cannot lay {tokens} tokens out as a map: {given}; give grid=(H, W) with H * W = {tokens}")
+        x = x.unflatten(1, (height, width))  # (B, H, W, C)
+    elif source == Layout.NCHW:
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+    if target == Layout.NLC:
+        return x.flatten(1, 2)  # (B, N, C)
+    return x.permute(0, 3, 1, 2) if target == Layout.NCHW else x
+
+
+class InLayout(nn.Module):
+    """A mixer called in another layout than its own.
+
+    Args:
+        mixer: The mixer.
+        layout: Layout of this module's input and output.
+        grid: (H, W) of the map behind NLC tokens. None: square.
+    """
+
+    def __init__(self, mixer: nn.Module, layout: Layout | str, grid: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.layout = Layout(layout)
+        self.grid = grid
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        """That of the mixer."""
+        return getattr(self.mixer, "fixed_tokens", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convert, mix, convert back."""
+        own = layout_of(self.mixer)
+        if self.layout == own:
+            return self.mixer(x)
+        grid = self.grid
+        if grid is None and own == Layout.NLC:
+            height, width = (x.shape[2], x.shape[3]) if self.layout == Layout.NCHW else (x.shape[1], x.shape[2])
+            grid = (height, width)
+        return convert_layout(self.mixer(convert_layout(x, self.layout, own, grid)), own, self.layout, grid)
+
+
+def for_timm(mixer: str | MixerFactory, **its_own: Any) -> type[nn.Module]:
+    """A class that timm's own ``MetaFormer(token_mixers=...)`` takes, for any mixer with any keywords.
+
+    timm asks for a class (not a callable) that works on NCHW and is made with ``dim``, ``proj_drop``, ``device`` and
+    ``dtype``.
+
+    Args:
+        mixer: Registered name, class or callable.
+        **its_own: Keywords given to the mixer whenever it is made.
+
+    Example:
+        >>> from timm.models.metaformer import MetaFormer
+        >>> net = MetaFormer(depths=(1, 1), dims=(8, 16), token_mixers=for_timm("sep_conv", kernel_size=3),
+        ...                  res_scale_init_values=None)
+    """
+    factory = mixer_factory(mixer)
+
+    class ForTimm(InLayout):
+        def __init__(self, dim: int, **kwargs: Any) -> None:
+            accepted = accepted_keywords(factory)
+            given = kwargs if accepted is None else {k: v for k, v in kwargs.items() if k in accepted}
+            super().__init__(factory(dim, **given, **its_own), Layout.NCHW)
+
+    ForTimm.__name__ = ForTimm.__qualname__ = f"{getattr(factory, '__name__', 'Mixer')}ForTimm"
+    return ForTimm

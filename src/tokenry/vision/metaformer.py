@@ -1,0 +1,563 @@
+"""MetaFormer: the skeleton around any token mixer.
+
+Yu et al., "MetaFormer Is Actually What You Need for Vision", CVPR 2022, arXiv:2111.11418, and "MetaFormer Baselines
+for Vision", TPAMI 2024, arXiv:2210.13452. One block, on x (B, H, W, C):
+
+    x = r1 * x + l1 * drop_path( mixer( norm1(x) ) )
+    x = r2 * x + l2 * drop_path( mlp( norm2(x) ) )
+
+r: learned residual scale, l: learned layer scale, one number per channel, either may be absent. Stages are joined by
+strided convolutions. Maps are kept channels-last in memory, so that the linear maps, the norms and the pooling run on
+adjacent numbers; a mixer of any layout gets a view in its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from tokenry.layers.mlp import ChannelMLP, MLPHead
+from tokenry.layers.norms import GroupNorm1
+from tokenry.layers.star_relu import SquaredReLU, StarReLU
+from tokenry.mixers.registry import Layout, MixerFactory, accepted_keywords, layout_of, mixer_factory, takes_keyword
+
+__all__ = ["MetaFormer", "MetaFormerBlock", "image_config", "metaformer"]
+
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "squared_relu": SquaredReLU,
+    "star_relu": StarReLU,
+}
+Scales = float | None | Sequence[float | None]
+
+
+def _norm(kind: str | Callable[..., nn.Module], dim: int, eps: float, bias: bool, **where: Any) -> nn.Module:
+    """A norm of (B, H, W, C) maps."""
+    if kind == "layer":
+        return nn.LayerNorm(dim, eps=eps, bias=bias, **where)
+    if kind == "group1":
+        return GroupNorm1(dim, eps=eps, bias=bias, **where)
+    if isinstance(kind, str):
+        raise ValueError(f"norm must be 'layer', 'group1' or a callable (dim), got {kind!r}")
+    return kind(dim)
+
+
+def _activation(kind: str | Callable[[], nn.Module], **where: Any) -> Callable[[], nn.Module]:
+    if not isinstance(kind, str):
+        return kind
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)} or a callable, got {kind!r}")
+    return partial(StarReLU, **where) if kind == "star_relu" else ACTIVATIONS[kind]
+
+
+def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
+    """One value per stage; a list must have as many entries as there are stages."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != stages:
+            raise ValueError(f"{name} has {len(value)} entries for {stages} stages; give one for all or one per stage")
+        return list(value)
+    return [value] * stages
+
+
+def residual(x: Tensor, branch: Tensor, shortcut_scale: Tensor | None, branch_scale: Tensor | None) -> Tensor:
+    """``shortcut_scale * x + branch_scale * branch`` on (B, H, W, C), an absent scale being 1."""
+    if branch_scale is None:
+        return x + branch if shortcut_scale is None else torch.addcmul(branch, x, shortcut_scale)
+    return torch.addcmul(x if shortcut_scale is None else x * shortcut_scale, branch, branch_scale)
+
+
+class MetaFormerBlock(nn.Module):
+    """One block on (B, H, W, C) with a token mixer of any layout.
+
+    Args:
+        dim: Channels C.
+        mixer: The token mixer, made.
+        norm: Makes a norm of C channels on (B, H, W, C).
+        act: Makes the activation of the channel MLP.
+        mlp_bias: Whether its linear maps have one.
+        drop: Its dropout rate.
+        drop_path: Rate of stochastic depth.
+        layer_scale: First value of the scale of both branches. None: absent.
+        res_scale: First value of the scale of both shortcuts. None: absent.
+        device: Torch device.
+        dtype: Torch dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        act: Callable[[], nn.Module] = nn.GELU,
+        mlp_bias: bool = True,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        res_scale: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+
+        def scale(value: float | None) -> nn.Parameter | None:
+            return None if value is None else nn.Parameter(torch.full((dim,), float(value), **where))
+
+        self.norm1 = norm(dim)
+        self.token_mixer = mixer
+        self.mixer_layout = layout_of(mixer)
+        self.norm2 = norm(dim)
+        self.mlp = ChannelMLP(dim, int(mlp_ratio * dim), act, mlp_bias, drop, **where)
+        for linear in (self.mlp.fc1, self.mlp.fc2):
+            trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.layer_scale1, self.layer_scale2 = scale(layer_scale), scale(layer_scale)
+        self.res_scale1, self.res_scale2 = scale(res_scale), scale(res_scale)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Call the mixer in its own layout: (B, H, W, C) -> (B, H, W, C)."""
+        if self.mixer_layout == Layout.NCHW:
+            return self.token_mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.mixer_layout == Layout.NLC:
+            return self.token_mixer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        return self.token_mixer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = residual(x, self.drop_path(self.mix(self.norm1(x))), self.res_scale1, self.layer_scale1)
+        return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.res_scale2, self.layer_scale2)
+
+
+class Embedding(nn.Module):
+    """Convolution that makes a map of tokens smaller, with a norm before or after it: (B, C, H, W) in and out."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        shape: tuple[int, int, int],
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        init: bool = True,
+        **where: Any,
+    ) -> None:
+        super().__init__()
+        kernel_size, stride, padding = self.shape = shape
+        self.pre_norm, self.post_norm = before, after
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size, stride, padding, **where)
+        if init:
+            trunc_normal_(self.conv.weight, std=0.02)
+            nn.init.zeros_(self.conv.bias)
+
+    def size(self, side: int) -> int:
+        """Side of the map made from one of side ``side``."""
+        kernel_size, stride, padding = self.shape
+        return (side + 2 * padding - kernel_size) // stride + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_norm is not None:
+            x = self.pre_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return x if self.post_norm is None else self.post_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """A downsampling, an optional position map and blocks: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], pos_embed: nn.Parameter | None) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.pos_embed = pos_embed  # (1, C, H, W)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.pos_embed is not None:
+            if x.shape[-2:] != self.pos_embed.shape[-2:]:
+                raise ValueError(
+                    f"the position map is {tuple(self.pos_embed.shape[-2:])} tokens and the input gives "
+                    f"{tuple(x.shape[-2:])}; make the model with img_size of your images"
+                )
+            x = x + self.pos_embed
+        x = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C); no copy where the memory is channels-last
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class Head(nn.Module):
+    """Pooling, norm and classifier, in either order of the first two."""
+
+    def __init__(self, norm: nn.Module, norm_first: bool, drop: float, fc: nn.Module, global_pool: str = "avg") -> None:
+        super().__init__()
+        self.norm, self.norm_first, self.global_pool = norm, norm_first, global_pool
+        self.drop = nn.Dropout(drop)
+        self.fc = fc
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if self.global_pool == "avg":
+            x = self.norm(x).mean((1, 2)) if self.norm_first else self.norm(x.mean((1, 2)))  # (B, C)
+        else:
+            x = self.norm(x).permute(0, 3, 1, 2)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class MetaFormer(nn.Module):
+    """A timm-style image model of MetaFormer stages; ``metaformer`` documents the arguments and makes one."""
+
+    def __init__(
+        self,
+        token_mixers: str | MixerFactory | Sequence[str | MixerFactory] = "pool",
+        depths: Sequence[int] = (2, 2, 6, 2),
+        dims: Sequence[int] = (64, 128, 320, 512),
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        *,
+        mixer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        norm: str | Callable[[int], nn.Module] = "layer",
+        norm_eps: float = 1e-6,
+        norm_bias: bool = False,
+        act: str | Callable[[], nn.Module] = "star_relu",
+        mlp_ratio: float = 4.0,
+        mlp_bias: bool = False,
+        layer_scale: Scales = None,
+        res_scale: Scales | Literal["baseline"] = "baseline",
+        embed_norm: bool = True,
+        embed_init: bool = True,
+        stem: tuple[int, int, int] = (7, 4, 2),
+        pos_embed: Sequence[int] = (),
+        head: Literal["linear", "mlp"] = "linear",
+        head_norm: Literal["before_pool", "after_pool"] = "after_pool",
+        feature_norms: bool = False,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        stages = len(depths)
+        if stages < 1 or len(dims) != stages or min(depths) < 1 or min(dims) < 1:
+            raise ValueError(f"depths and dims need one positive entry per stage, got {list(depths)} and {list(dims)}")
+        if head not in ("linear", "mlp") or head_norm not in ("before_pool", "after_pool"):
+            raise ValueError(
+                f"head must be 'linear' or 'mlp' and head_norm 'before_pool' or 'after_pool', got {head!r}, {head_norm!r}"
+            )
+        self._check_pool(global_pool, num_classes)
+        mixers = [mixer_factory(m) for m in _per_stage("token_mixers", token_mixers, stages)]
+        own = _per_stage("mixer_kwargs", mixer_kwargs, stages)
+        layer_scales = _per_stage("layer_scale", layer_scale, stages)
+        if res_scale == "baseline":  # the last two stages, as published
+            res_scale = [None] * max(0, stages - 2) + [1.0] * min(2, stages)
+        res_scales = _per_stage("res_scale", res_scale, stages)
+        make_norm = partial(_norm, norm, eps=norm_eps, bias=norm_bias, **where)
+        embedding_norm = partial(nn.LayerNorm, eps=norm_eps, bias=norm_bias, **where) if embed_norm else None
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = []
+        self._head_kind = (head, head_norm, drop_rate)
+        self.stem = Embedding(
+            in_chans, dims[0], stem, after=embedding_norm and embedding_norm(dims[0]), init=embed_init, **where
+        )
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = (height, width)
+        height, width = self.stem.size(height), self.stem.size(width)
+        made = []
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            downsample: nn.Module = nn.Identity()
+            if i > 0:
+                before = embedding_norm and embedding_norm(dims[i - 1])
+                downsample = Embedding(dims[i - 1], dim, (3, 2, 1), before=before, init=embed_init, **where)
+                height, width = downsample.size(height), downsample.size(width)
+            if min(height, width) < 1:
+                raise ValueError(
+                    f"img_size {self.img_size} leaves nothing for stage {i}: the images must have at least "
+                    f"{stem[1] * 2 ** (stages - 1)} pixels a side, or give fewer stages or a smaller stem"
+                )
+            blocks = []
+            for j in range(depth):
+                mixer = _make_mixer(mixers[i], dim, (height, width), proj_drop_rate, own[i] or {}, where)
+                drop_path = rates[sum(depths[:i]) + j]
+                blocks.append(
+                    MetaFormerBlock(
+                        dim, mixer, make_norm, _activation(act, **where), mlp_bias, mlp_ratio, proj_drop_rate,
+                        drop_path, layer_scales[i], res_scales[i], **where,
+                    )
+                )  # fmt: skip
+            position = nn.Parameter(torch.zeros(1, dim, height, width, **where)) if i in pos_embed else None
+            made.append(Stage(downsample, blocks, position))
+            self.feature_info.append({"num_chs": dim, "reduction": stem[1] * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*made)
+        self.min_size = min(32, self.feature_info[-1]["reduction"])
+        self.feature_norms = nn.ModuleList(make_norm(dim) for dim in dims) if feature_norms else None
+        last = make_norm(dims[-1]) if head_norm == "before_pool" else nn.LayerNorm(dims[-1], eps=norm_eps, **where)
+        self.head = Head(last, head_norm == "before_pool", drop_rate, self._classifier(num_classes, **where), global_pool)
+
+    @staticmethod
+    def _check_pool(global_pool: str, num_classes: int) -> None:
+        if global_pool not in ("avg", "") or (not global_pool and num_classes):
+            raise ValueError(
+                f"global_pool must be 'avg', or '' together with num_classes=0; got {global_pool!r} with {num_classes}"
+            )
+
+    def _classifier(self, num_classes: int, **where: Any) -> nn.Module:
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        if num_classes == 0:
+            return nn.Identity()
+        kind, _, drop_rate = self._head_kind
+        fc = (
+            MLPHead(self.num_features, num_classes, drop=drop_rate, **where)
+            if kind == "mlp"
+            else nn.Linear(self.num_features, num_classes, **where)
+        )
+        for linear in fc.modules():
+            if isinstance(linear, nn.Linear):
+                trunc_normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+        return fc
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay: scales, position maps, StarReLU's numbers, frozen matrices."""
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim <= 1 or not parameter.requires_grad or name.endswith("pos_embed")
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates, as timm asks for them."""
+        return {
+            "stem": r"^stem",
+            "blocks": [(r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages", (0,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier; an identity where there is none."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of ``num_classes`` (0: none), optionally with another pooling (``"avg"`` or ``""``)."""
+        pool = self.global_pool if global_pool is None else global_pool
+        self._check_pool(pool, num_classes)
+        like = self.stem.conv.weight
+        self.head.fc = self._classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        self.num_classes, self.global_pool, self.head.global_pool = num_classes, pool, pool
+
+    def _check_size(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans or min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, H, W) of at least {self.min_size}x{self.min_size} pixels, got "
+                f"{tuple(x.shape)}; resize them, or make the model with in_chans, fewer stages or a smaller stem"
+            )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, C, H', W'): the last stage's map, before the head's norm."""
+        self._check_size(x)
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H', W') -> (B, num_classes), or the pooled features with ``pre_logits``."""
+        return self.head(x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of chosen stages, as in timm.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: Stages: the last n if an int, all if None.
+            norm: Apply the norms of ``feature_norms=True`` (PoolFormer's detection form).
+            stop_early: Leave out stages after the last wanted one.
+            output_fmt: ``"NCHW"`` alone.
+            intermediates_only: Return the list alone, else ``(last map, list)``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        if norm and self.feature_norms is None:
+            raise ValueError("norm=True needs a model made with feature_norms=True")
+        self._check_size(x)
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        x, found = self.stem(x), []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in wanted:
+                y = x
+                if norm and self.feature_norms is not None:
+                    y = self.feature_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                found.append(y)
+        return found if intermediates_only else (x, found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages and the head that the wanted maps do not need, as in timm."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        cut = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm:
+            self.feature_norms = None
+        elif self.feature_norms is not None:
+            self.feature_norms = self.feature_norms[: last + 1]
+        if prune_head or cut:
+            self.head.norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return wanted
+
+
+def _make_mixer(
+    factory: MixerFactory,
+    dim: int,
+    grid: tuple[int, int],
+    proj_drop: float,
+    own: Mapping[str, Any],
+    where: Mapping[str, Any],
+) -> nn.Module:
+    """Make a mixer, giving it of the common keywords those that it takes."""
+    accepted = accepted_keywords(factory)
+    given: dict[str, Any] = {"proj_drop": proj_drop, **where}
+    if accepted is not None:
+        given = {k: v for k, v in given.items() if k in accepted}
+        unknown = sorted(set(own) - accepted)
+        if unknown:
+            name = getattr(factory, "__name__", repr(factory))
+            raise ValueError(f"mixer_kwargs: {name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}")
+    if takes_keyword(factory, "num_tokens"):
+        given["num_tokens"] = grid[0] * grid[1]
+    return factory(dim, **{**given, **own})
+
+
+def image_config(**changes: Any) -> dict[str, Any]:
+    """timm's data configuration of these models: 224 pixels, bicubic, ImageNet's mean and deviation."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **changes,
+    }
+
+
+def metaformer(
+    token_mixers: str | MixerFactory | Sequence[str | MixerFactory] = "pool",
+    depths: Sequence[int] = (2, 2, 6, 2),
+    dims: Sequence[int] = (64, 128, 320, 512),
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] = 224,
+    *,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **options: Any,
+) -> MetaFormer:
+    """A timm-style image model with token mixers of your choice.
+
+    Args:
+        token_mixers: For all stages or one per stage: a registered name (``tokenry.mixers.list_mixers()``), a class,
+            or a callable ``(dim, **kw) -> nn.Module``. Mixers of any layout; those that declare none get (B, C, H, W).
+        depths: Blocks per stage. Default: the S12 of the paper.
+        dims: Channels per stage.
+        num_classes: Classes; 0 leaves the classifier out.
+        img_size: Side of the images, or (H, W): matters to mixers with a fixed number of tokens and to position maps.
+        features_only: Return the maps of the stages instead of logits, as in timm.
+        out_indices: Which of them. None: all.
+        **options: Further arguments of ``MetaFormer``, keyword alone. ``in_chans`` (3); ``mixer_kwargs``: the mixers' own
+            keywords, for all or one per stage; ``norm`` (``"layer"`` over C, ``"group1"`` over H, W, C, or a callable),
+            ``norm_eps`` (1e-6), ``norm_bias`` (False); ``act`` (``"star_relu"``), ``mlp_ratio`` (4), ``mlp_bias`` (False);
+            ``layer_scale`` and ``res_scale``: first value or None, for all or one per stage (``"baseline"``: residual
+            scale 1 in the last two); ``embed_norm``: norms at the downsamplings; ``embed_init``: truncated normal of
+            0.02 for them too; ``stem``: (kernel, stride, padding), default (7, 4, 2); ``pos_embed``: stages that begin
+            with a learned position map; ``head`` (``"linear"``, ``"mlp"``), ``head_norm`` (``"after_pool"``,
+            ``"before_pool"``); ``feature_norms``: a norm per stage for ``features_only``; ``drop_rate``,
+            ``proj_drop_rate``, ``drop_path_rate``; ``global_pool``; ``device``, ``dtype``. Defaults are those of the
+            "MetaFormer Baselines" paper.
+
+    Raises:
+        ValueError: An unknown mixer, a list that does not fit the stages, too small an image size.
+
+    Example:
+        >>> import torch
+        >>> net = metaformer(["sep_conv", "attention"], depths=(1, 2), dims=(32, 64), num_classes=10, img_size=32,
+        ...                  stem=(2, 2, 0))
+        >>> net(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    return build_metaformer(
+        "metaformer",
+        False,
+        pretrained_cfg=image_config(),
+        token_mixers=token_mixers,
+        depths=depths,
+        dims=dims,
+        num_classes=num_classes,
+        img_size=img_size,
+        features_only=features_only,
+        **({"out_indices": tuple(out_indices)} if out_indices is not None else {}),
+        **options,
+    )
+
+
+def build_metaformer(variant: str, pretrained: bool, **kwargs: Any) -> MetaFormer:
+    """Make a model through timm's builder, which adds data configuration, ``features_only`` and weights from a file."""
+    from tokenry.vision.checkpoints import checkpoint_filter_fn
+
+    stages = len(kwargs.get("depths", (0, 1, 2, 3)))
+    features = {"feature_cls": "getter", "out_indices": tuple(range(stages)), "norm": kwargs.get("feature_norms", False)}
+    return build_model_with_cfg(
+        MetaFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=OrderedDict(features),
+        **kwargs,
+    )

@@ -1,0 +1,208 @@
+"""What every backbone keeps, tested for each entry of ``BACKBONES``: tiny forms of the registered models.
+
+A new backbone gets these tests by being listed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tokenry.vision  # registers the models
+from tokenry.catalog import cards
+
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 32, 32), "img_size": 64}
+AFF: dict[str, Any] = {"widths": (8, 8, 16, 16, 16), "depths": (1, 1, 1, 1, 1), "expand_ratio": 2.0}
+# name: (slug, arguments, whether any image size works)
+BACKBONES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "poolformer_s12_exact": ("poolformer", SMALL, True),
+    "metaformer_id_s12": ("poolformer", SMALL, True),
+    "metaformer_pppa_s12_224": ("poolformer", SMALL, False),
+    "metaformer_ppff_s12_224": ("poolformer", SMALL, False),
+    "identityformer_s12": ("metaformer-baselines", SMALL, True),
+    "randformer_s12": ("metaformer-baselines", SMALL, False),
+    "affnet_t": ("affnet", AFF, True),
+}
+MIXED = {"token_mixers": ("aff", "sep_conv", "pool", "attention"), "head": "mlp", **SMALL}
+
+
+def make(name: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "metaformer":
+        return tokenry.vision.metaformer(**{"num_classes": 5, **MIXED, **kwargs})
+    return timm.create_model(name, **{"num_classes": 5, **BACKBONES[name][1], **kwargs})
+
+
+def images(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.method(entry[0])) for n, entry in BACKBONES.items()]
+    + [pytest.param("metaformer", marks=pytest.mark.method("metaformer-baselines"))]
+)
+def name(request) -> str:
+    return request.param
+
+
+def fixed(name: str) -> bool:
+    return name != "metaformer" and not BACKBONES[name][2]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_forward_is_head_of_features(name, batch):
+    net, x = make(name).eval(), images(batch, 3, 64, 64)
+    y = net(x)
+    assert y.shape == (batch, 5) and y.isfinite().all()
+    torch.testing.assert_close(net.forward_head(net.forward_features(x)), y)
+    assert net.forward_head(net.forward_features(x), pre_logits=True).shape == (batch, net.head_hidden_size)
+
+
+@torch.no_grad()
+def test_odd_sizes(name):
+    net, x = make(name).eval(), images(2, 3, 75, 96)
+    if fixed(name):
+        with pytest.raises(ValueError, match="img_size"):
+            net(x)
+        net = make(name, img_size=(75, 96)).eval()
+    assert net(x).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_batch_entries_are_independent(name):
+    net, x = make(name).eval(), images(3, 3, 64, 64)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_is_deterministic(name):
+    x = images(2, 3, 64, 64)
+    assert torch.equal(make(name).eval()(x), make(name).eval()(x))
+
+
+def test_every_trainable_parameter_gets_a_gradient(name):
+    net = make(name).train()
+    net(images(2, 3, 64, 64)).square().sum().backward()
+    missing = [k for k, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+def test_gradient_checkpointing_changes_nothing(name):
+    plain, saving = make(name).eval(), make(name).eval()
+    saving.set_grad_checkpointing(True)
+    for net in (plain, saving):
+        net(images(2, 3, 64, 64)).square().sum().backward()
+    for (key, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@torch.no_grad()
+def test_bfloat16_and_channels_last(name):
+    net, x = make(name).eval(), images(2, 3, 64, 64)
+    exact = net(x)
+    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last)), exact, rtol=1e-4, atol=1e-5)
+    half = copy.deepcopy(net).bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (net(x).float() - exact).abs().max() <= 0.1 * exact.abs().max() + 1e-2
+
+
+@torch.no_grad()
+def test_save_and_load(name, tmp_path):
+    net, x = make(name).eval(), images(2, 3, 64, 64)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    torch.manual_seed(1)
+    other = make(name).eval()
+    other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+    assert torch.equal(net(x), other(x))
+
+
+@torch.no_grad()
+def test_features_only(name):
+    net = make(name, features_only=True).eval()
+    maps = net(images(1, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == net.feature_info.channels()
+    assert [64 // m.shape[2] for m in maps] == net.feature_info.reduction()
+    last = make(name, features_only=True, out_indices=(1, 2)).eval()(images(1, 3, 64, 64))
+    assert len(last) == 2
+    torch.testing.assert_close(last[0], maps[1])
+
+
+@torch.no_grad()
+def test_forward_intermediates(name):
+    net, x = make(name).eval(), images(1, 3, 64, 64)
+    last, maps = net.forward_intermediates(x, indices=2)
+    assert len(maps) == 2 and last.ndim == 4
+    first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
+    assert len(first) == 1
+    torch.testing.assert_close(first[0], net.forward_intermediates(x, intermediates_only=True)[0])
+
+
+@torch.no_grad()
+def test_classifier_can_be_changed(name):
+    net, x = make(name).eval(), images(1, 3, 64, 64)
+    net.reset_classifier(7)
+    assert net(x).shape == (1, 7) and isinstance(net.get_classifier(), nn.Module) and net.num_classes == 7
+    net.reset_classifier(0)
+    assert net(x).shape == (1, net.num_features)
+    net.reset_classifier(0, "")
+    assert net(x).ndim == 4
+    assert make(name, num_classes=0).eval()(x).shape == (1, net.num_features)
+
+
+@torch.no_grad()
+def test_other_channels(name):
+    assert make(name, in_chans=1).eval()(images(1, 1, 64, 64)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["metaformer", "affnet_t"])
+@torch.no_grad()
+def test_compiles(name):
+    net, x = make(name).eval(), images(2, 3, 64, 64)
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_device(name):
+    assert all(p.is_meta for p in make(name, device="meta").parameters())
+
+
+def test_wrong_input(name):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        make(name)(images(1, 4, 64, 64))
+    with pytest.raises(ValueError):
+        make(name)(images(3, 64, 64))
+
+
+def test_timm_lists_what_the_cards_name():
+    named = [model for card in cards().values() for model in card.models]
+    assert set(named) <= set(timm.list_models())
+    for model in named:
+        assert timm.get_pretrained_cfg(model).input_size == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depths": (1, 1), "dims": (8,)}, "one positive entry per stage"),
+        ({"dims": (8, 16), "depths": (1, 1), "layer_scale": [1.0]}, "layer_scale has 1 entries for 2 stages"),
+        ({"norm": "batch"}, "norm must be 'layer'"),
+        ({"act": "swish"}, "act must be one of"),
+        ({"head": "big"}, "head must be 'linear' or 'mlp'"),
+        ({"img_size": 2}, "leaves nothing for stage"),
+        ({"num_classes": -1}, "num_classes must be 0"),
+        ({"global_pool": "max"}, "global_pool must be 'avg'"),
+        ({"mixer_kwargs": {"window": 3}}, "takes no window"),
+    ],
+)
+@pytest.mark.method("metaformer-baselines")
+def test_metaformer_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tokenry.vision.metaformer(**arguments)
