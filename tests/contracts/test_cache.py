@@ -7,10 +7,10 @@ import gc
 
 import pytest
 import torch
-from tiny_causal import tiny_causal, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from tiny_causal import tiny_causal, tokens
 from tokenry.kvcache import (
     CompressedCache,
     EMSCache,

@@ -25,15 +25,21 @@ from tokenry.decoding import DecodingOutput, DraftStrategy, DraftTree, Proposal,
 
 VOCAB = 37
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0, 0]]
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 TINY = {
-    "llama": SIZES | dict(num_key_value_heads=2),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "llama": SIZES | {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": SIZES,
-    "opt": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32),
-    "qwen2": SIZES | dict(num_key_value_heads=2),
-    "qwen3": SIZES | dict(num_key_value_heads=2, head_dim=8),
-    "gemma": SIZES | dict(num_key_value_heads=1, head_dim=16),
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 16},
 }  # fmt: skip
 
 
@@ -64,7 +70,11 @@ class Oracle(DraftStrategy):
                 mask[:, : int(state.start[row])] = 0
             at = (mask.cumsum(-1) - 1).clamp_min(0)
             for _ in range(4):
-                following = self.model(input_ids=ids, attention_mask=mask, position_ids=at).logits[:, -1].argmax(-1, keepdim=True)
+                following = (
+                    self.model(input_ids=ids, attention_mask=mask, position_ids=at)
+                    .logits[:, -1]
+                    .argmax(-1, keepdim=True)
+                )
                 ids, mask = torch.cat([ids, following], 1), torch.cat([mask, mask[:, :1] * 0 + 1], 1)
                 at = torch.cat([at, at[:, -1:] + 1], 1)
             drafts.append(ids[:, -4:])
@@ -82,6 +92,14 @@ STRATEGIES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _tiny_models_want_one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -95,7 +113,7 @@ def tiny(name, dtype=torch.float64, **more):
     key = (name, dtype, *sorted(more.items()))
     if key not in _MADE:
         torch.manual_seed(1)
-        special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
+        special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
         config = AutoConfig.for_model(name, vocab_size=VOCAB, initializer_range=0.35, **special, **(TINY[name] | more))
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         _MADE[key] = model
@@ -162,7 +180,9 @@ def test_a_left_padded_row_is_the_row_alone(make, name):
 def test_eager_attention(make, name):
     model = tiny(name, attn_implementation="eager")
     for inputs in (prompts(), padded()):
-        assert torch.equal(drafted(make(model), model, inputs, max_new_tokens=16), plain(model, inputs, max_new_tokens=16))
+        assert torch.equal(
+            drafted(make(model), model, inputs, max_new_tokens=16), plain(model, inputs, max_new_tokens=16)
+        )
 
 
 @every_strategy
@@ -184,7 +204,7 @@ def test_stop_tokens_end_rows_one_by_one(make):
     model, inputs = tiny("llama"), padded()
     free = plain(model, inputs, max_new_tokens=24)[:, 9:]
     for stops in ([int(free[0, 7])], [int(free[0, 2]), int(free[1, 11])], [int(free[2, 0])]):
-        options = dict(max_new_tokens=24, eos_token_id=stops, pad_token_id=0)
+        options = {"max_new_tokens": 24, "eos_token_id": stops, "pad_token_id": 0}
         assert torch.equal(drafted(make(model), model, inputs, **options), plain(model, inputs, **options))
 
 
@@ -200,10 +220,15 @@ def test_own_stopping_criteria_are_asked_on_real_prefixes(make):
     model = tiny("llama")
     for seed in range(3):
         ids = prompts(seed=seed)
-        options = dict(max_new_tokens=24, stopping_criteria=StoppingCriteriaList([_Sum()]))
+        options = {"max_new_tokens": 24, "stopping_criteria": StoppingCriteriaList([_Sum()])}
         assert torch.equal(drafted(make(model), model, ids, **options), plain(model, ids, **options))
     inputs = padded()
-    options = dict(max_new_tokens=24, stopping_criteria=StoppingCriteriaList([_Sum()]), eos_token_id=[VOCAB - 1], pad_token_id=0)
+    options = {
+        "max_new_tokens": 24,
+        "stopping_criteria": StoppingCriteriaList([_Sum()]),
+        "eos_token_id": [VOCAB - 1],
+        "pad_token_id": 0,
+    }
     assert torch.equal(drafted(make(model), model, inputs, **options), plain(model, inputs, **options))
 
 
@@ -218,10 +243,15 @@ def words():
 def test_stop_strings(make):
     model, ids, tokenizer = tiny("llama"), prompts(), words()
     free = plain(model, ids, max_new_tokens=24)[0, 9:]
-    options = dict(max_new_tokens=24, stop_strings=[f"w{int(free[6])} "])
+    options = {"max_new_tokens": 24, "stop_strings": [f"w{int(free[6])} "]}
     expected = plain(model, ids, tokenizer=tokenizer, **options)
-    criteria = model._get_stopping_criteria(model._prepare_generation_config(None, **options)[0], None, tokenizer=tokenizer)
-    options = dict(max_new_tokens=24, stopping_criteria=StoppingCriteriaList([c for c in criteria if hasattr(c, "stop_strings")]))
+    criteria = model._get_stopping_criteria(
+        model._prepare_generation_config(None, **options)[0], None, tokenizer=tokenizer
+    )
+    options = {
+        "max_new_tokens": 24,
+        "stopping_criteria": StoppingCriteriaList([c for c in criteria if hasattr(c, "stop_strings")]),
+    }
     assert torch.equal(drafted(make(model), model, ids, **options), expected)
 
 
@@ -234,13 +264,13 @@ class _Parity(LogitsProcessor):
 
 
 PROCESSORS = {
-    "repetition penalty": dict(repetition_penalty=1.7),
-    "bad words": dict(bad_words_ids=[[5], [7, 8], [30], [31, 4, 2]]),
-    "min length": dict(min_new_tokens=9, eos_token_id=list(range(2, 20)), pad_token_id=0),
-    "no repeats": dict(no_repeat_ngram_size=2),
-    "suppressed": dict(suppress_tokens=[3, 9, 11]),
-    "forced end": dict(forced_eos_token_id=4, eos_token_id=4, pad_token_id=0),
-    "own": dict(logits_processor=LogitsProcessorList([_Parity()])),
+    "repetition penalty": {"repetition_penalty": 1.7},
+    "bad words": {"bad_words_ids": [[5], [7, 8], [30], [31, 4, 2]]},
+    "min length": {"min_new_tokens": 9, "eos_token_id": list(range(2, 20)), "pad_token_id": 0},
+    "no repeats": {"no_repeat_ngram_size": 2},
+    "suppressed": {"suppress_tokens": [3, 9, 11]},
+    "forced end": {"forced_eos_token_id": 4, "eos_token_id": 4, "pad_token_id": 0},
+    "own": {"logits_processor": LogitsProcessorList([_Parity()])},
 }
 
 
@@ -256,7 +286,13 @@ def test_logits_processors_see_each_nodes_own_prefix(make, options):
 @every_strategy
 def test_return_dict(make):
     model, ids = tiny("llama"), prompts()
-    options = dict(max_new_tokens=14, return_dict_in_generate=True, output_scores=True, output_logits=True, repetition_penalty=1.3)
+    options = {
+        "max_new_tokens": 14,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.3,
+    }
     mine, theirs = drafted(make(model), model, ids, **options), plain(model, ids, **options)
     assert isinstance(mine, DecodingOutput)
     assert torch.equal(mine.sequences, theirs.sequences)
@@ -282,7 +318,9 @@ def test_goes_on_from_a_cache(make):
     given = DynamicCache(config=model.config)
     drafted(strategy, model, ids, max_new_tokens=8, past_key_values=given)
     assert given.get_seq_length() == 9 + 8 - 1
-    assert torch.equal(plain(model, longer, max_new_tokens=10, past_key_values=given), plain(model, longer, max_new_tokens=10))
+    assert torch.equal(
+        plain(model, longer, max_new_tokens=10, past_key_values=given), plain(model, longer, max_new_tokens=10)
+    )
 
 
 class Recorder:
@@ -301,7 +339,7 @@ class Recorder:
 @every_strategy
 def test_streams_every_token_in_order(make):
     model = tiny("llama")
-    for inputs, options in ((prompts(), {}), (padded(), dict(eos_token_id=list(range(2, 9)), pad_token_id=0))):
+    for inputs, options in ((prompts(), {}), (padded(), {"eos_token_id": list(range(2, 9)), "pad_token_id": 0})):
         recorder, theirs = Recorder(), Recorder()
         out = drafted(make(model), model, inputs, max_new_tokens=12, token_streamer=recorder, **options)
         expected = plain(model, inputs, max_new_tokens=12, streamer=theirs, **options)
@@ -325,7 +363,9 @@ def test_sampling_keeps_the_models_distribution(make):
         for _ in range(draws // 1000)
     ]
     pairs = torch.cat(chunks)[:, 4:6]
-    observed = torch.zeros(VOCAB, VOCAB).index_put_((pairs[:, 0], pairs[:, 1]), torch.ones(draws), accumulate=True) / draws
+    observed = (
+        torch.zeros(VOCAB, VOCAB).index_put_((pairs[:, 0], pairs[:, 1]), torch.ones(draws), accumulate=True) / draws
+    )
 
     def probabilities(sequences):
         logits = model(input_ids=sequences).logits[:, -1].float() / warm
@@ -366,10 +406,10 @@ def test_bfloat16_differs_only_at_near_ties(make):
 
 
 REFUSED = {
-    "beams": (dict(num_beams=2), "num_beams=2"),
-    "no cache": (dict(use_cache=False), "use_cache"),
-    "static cache": (dict(cache_implementation="static"), "cannot be rolled back"),
-    "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
+    "beams": ({"num_beams": 2}, "num_beams=2"),
+    "no cache": ({"use_cache": False}, "use_cache"),
+    "static cache": ({"cache_implementation": "static"}, "cannot be rolled back"),
+    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
 }
 
 
@@ -388,7 +428,9 @@ def test_refuses_models_it_cannot_verify():
     )
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
         drafted(strategy, sliding, prompts(), max_new_tokens=4)
-    alibi = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2))
+    alibi = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2)
+    )
     with pytest.raises(ValueError, match="position_ids"):
         drafted(strategy, alibi, prompts(), max_new_tokens=4)
     model = tiny("llama", torch.float32, n=1)

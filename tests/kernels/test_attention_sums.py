@@ -12,7 +12,7 @@ def slow(query, key, valid, softcap, sinks):
     """Attention probabilities one query at a time. Returns sums, counts and the list of rows."""
     batch, q_heads, length, dim = query.shape
     kv_heads, stored = key.shape[1:3]
-    sums, counts = torch.zeros(batch, kv_heads, stored), torch.zeros(batch, stored, dtype=torch.long)
+    counts = torch.zeros(batch, stored, dtype=torch.long)
     rows = torch.zeros(batch, kv_heads, length, stored)
     for b in range(batch):
         for q in range(length):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_case import GoldenCase, golden_cases
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_causal import tiny_causal, tokens
 from torch import Tensor
 
+from golden_case import GoldenCase, golden_cases
+from tiny_causal import tiny_causal, tokens
 from tokenry.kvcache import (
     EMSCache,
     Entries,
@@ -91,7 +91,11 @@ def slow_ems(a, keys, values, budget, window, ratio, threshold):
         out_k.append(sum(s[t] * keys[t] for t in group) / weight)
         out_v.append(sum(s[t] * values[t] for t in group) / weight)
     newest = list(range(n - window, n))
-    return heavy + newest, torch.stack(out_k + [keys[i] for i in newest]), torch.stack(out_v + [values[i] for i in newest])
+    return (
+        heavy + newest,
+        torch.stack(out_k + [keys[i] for i in newest]),
+        torch.stack(out_v + [values[i] for i in newest]),
+    )
 
 
 def random_case(seed: int, n: int, dim: int, heads: int = 1, sharp: float = 2.0):

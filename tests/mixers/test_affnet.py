@@ -43,7 +43,7 @@ def test_golden(name, act, threshold, fourier, record_property):
 
 def slow_filter(mixer, x):
     """The equations, one frequency, one group and one channel at a time, in float64."""
-    batch, channels, height, width = x.shape
+    batch, _channels, height, width = x.shape
     groups, block, hidden = mixer.w1.shape[1:]
     w1, b1, w2, b2 = (p.detach().double() for p in (mixer.w1, mixer.b1, mixer.w2, mixer.b2))
     spectrum = torch.fft.rfft2(x.double(), norm="ortho")

@@ -13,7 +13,7 @@ from tokenry.vision.affnet import NORMS, AFFNet, AFFStage, Block, checkpoint_fil
 
 pytestmark = pytest.mark.method("affnet")
 
-TINY = dict(widths=(8, 8, 16, 16, 16), depths=(1, 2, 1, 1, 1), expand_ratio=2.0, num_classes=10)
+TINY = {"widths": (8, 8, 16, 16, 16), "depths": (1, 2, 1, 1, 1), "expand_ratio": 2.0, "num_classes": 10}
 
 
 def tiny(**kwargs):

@@ -9,7 +9,7 @@ from typing import Any
 from tokenry.claims.registry import Context, Measurement, measures
 
 SEEDS = 3
-EPOCHS = 12
+EPOCHS = 6
 SIDES = (8, 16, 32, 64, 128)
 # Variant: the paper's millions of parameters and billions of multiply-accumulates at 256 x 256.
 PAPER_COST = {"affnet_et": (1.4, 0.4), "affnet_t": (2.6, 0.8), "affnet": (5.5, 1.5)}
@@ -194,7 +194,7 @@ def filter_helps(context: Context) -> Measurement:
         for use_filter in (False, True):
 
             def run(seed: int = seed, use_filter: bool = use_filter) -> dict[str, float]:
-                return train_classifier(lambda: _network(use_filter), images, Training(epochs=EPOCHS), seed).as_dict()
+                return train_classifier(lambda: _network(use_filter), images, Training(epochs=EPOCHS, batch=64), seed).as_dict()
 
             result = context.session.step(f"{'with' if use_filter else 'without'}/seed{seed}", run)
             accuracies[use_filter].append(result["accuracy"])

@@ -15,10 +15,23 @@ MIXTURES = 6
 CATEGORIES = 5
 MERGES = 300
 RELEASED_MERGES = 200  # beyond that, samples of a few hundred KB hold too few of the merges
-LANGUAGES = (
-    "eng_Latn deu_Latn fra_Latn spa_Latn ita_Latn por_Latn nld_Latn pol_Latn rus_Cyrl arb_Arab hin_Deva zho_Hans "
-    "jpn_Jpan kor_Hang tur_Latn"
-).split()
+LANGUAGES = [
+    "eng_Latn",
+    "deu_Latn",
+    "fra_Latn",
+    "spa_Latn",
+    "ita_Latn",
+    "por_Latn",
+    "nld_Latn",
+    "pol_Latn",
+    "rus_Cyrl",
+    "arb_Arab",
+    "hin_Deva",
+    "zho_Hans",
+    "jpn_Jpan",
+    "kor_Hang",
+    "tur_Latn",
+]
 SPEECH_BYTES = 400_000
 # Shares of training bytes in per cent, (code, not English): an independent measurement on the same files.
 EXPECTED_CODE = {"gpt2": 0.6, "cl100k": 50.0, "claude": 51.0, "starcoder": 59.0, "o200k": 32.0}

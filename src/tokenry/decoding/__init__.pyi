@@ -8,6 +8,8 @@ from .engine import DraftStrategy as DraftStrategy
 from .engine import Proposal as Proposal
 from .latency import PassLatency as PassLatency
 from .latency import pass_latency as pass_latency
+from .losslessness import Difference as Difference
+from .losslessness import explain_difference as explain_difference
 from .statistics import DecodingStats as DecodingStats
 from .token_recycling import TREE_80 as TREE_80
 from .token_recycling import TokenRecycling as TokenRecycling

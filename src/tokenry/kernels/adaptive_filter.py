@@ -134,7 +134,7 @@ def _real_form(weight: Tensor) -> Tensor:
 
 
 def _with_matmul(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float, act: Act) -> Tensor:
-    batch, channels, height, width = x.shape
+    batch, _channels, height, width = x.shape
     groups, half = w1.shape[1], width // 2 + 1
     cos_w, sin_w = _waves(width, half, x)  # (W, W')
     cos_h, sin_h = _waves(height, height, x)  # (H, H)

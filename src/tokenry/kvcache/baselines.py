@@ -42,7 +42,9 @@ class SinkCache(CompressedCache):
         every: Slide on while decoding. None: cut once.
     """
 
-    def __init__(self, config: PreTrainedConfig, budget: int = 256, sinks: int = 4, *, every: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, budget: int = 256, sinks: int = 4, *, every: int | None = None
+    ) -> None:
         if not 0 < sinks < budget:
             raise ValueError(f"sinks must be at least 1 and smaller than the budget of {budget}, got {sinks}")
         super().__init__(config, Recency(sinks), budget=budget, window=max(1, budget - sinks), every=every)

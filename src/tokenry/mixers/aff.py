@@ -115,7 +115,8 @@ class AFFMixer(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"AFFMixer takes floating-point maps, got {x.dtype}; convert with x.float()")
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         self.check(x)
         y = adaptive_frequency_filter(
             x,

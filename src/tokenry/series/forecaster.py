@@ -507,7 +507,8 @@ class Forecaster:
         return {"model": self.kind, **{name: getattr(self, name) for name in names}}
 
     def _fingerprint(self, table: pd.DataFrame) -> str:
-        text = json.dumps([self._options(), self.settings, list(map(str, table)), str(self._given)], default=str)
+        own = getattr(self._given, "__qualname__", type(self._given).__name__)
+        text = json.dumps([self._options(), self.settings, list(map(str, table)), own], default=str)
         return hashlib.sha256(text.encode() + table.to_numpy().tobytes()).hexdigest()[:12]
 
     def _resume(self, path: Path | None, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor], int]:

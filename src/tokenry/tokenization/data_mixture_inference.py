@@ -40,7 +40,9 @@ DENOMINATORS = ("pairs", "bytes", "chars")
 SCALE = 1000.0  # frequencies enter the program in per mille, which makes the solver's tolerance 1e-10 of a frequency
 TOLERANCE = 1e-9  # a pair may exceed the true merge by this frequency unnoticed
 PER_STEP = 3  # inequalities of one step that one round adds at most (paper: 10)
-PER_ROUND = 3  # inequalities that one round adds at most, times the merges (paper: 100 in all; ten times slower at T = 1,000)
+PER_ROUND = (
+    3  # inequalities that one round adds at most, times the merges (paper: 100 in all; ten times slower at T = 1,000)
+)
 SMALL = 20_000  # bytes of a category below which its frequencies are too noisy
 
 
@@ -102,7 +104,9 @@ class _Program:
         empty = np.zeros(0)
         none = np.zeros(n, np.int32)
         self.model.addCols(n, np.zeros(n), np.zeros(n), np.ones(n), 0, none, np.zeros(0, np.int32), empty)
-        self.model.addRows(1, np.ones(1), np.ones(1), n, np.zeros(1, np.int32), np.arange(n, dtype=np.int32), np.ones(n))
+        self.model.addRows(
+            1, np.ones(1), np.ones(1), n, np.zeros(1, np.int32), np.arange(n, dtype=np.int32), np.ones(n)
+        )
         self.n, self.columns, self.steps = n, n, steps
         self.step_column: dict[int, int] = {}
         self.pair_column: dict[int, int] = {}
@@ -441,7 +445,9 @@ class MixtureInference(BaseEstimator):
         if not 1 <= wanted <= listed:
             raise ValueError(f"max_merges is {wanted}, but the list has {listed} merges; use 1 to {listed}")
         if not 0 <= self.skip_merges < wanted:
-            raise ValueError(f"skip_merges must be at least 0 and less than the {wanted} merges used, got {self.skip_merges}")
+            raise ValueError(
+                f"skip_merges must be at least 0 and less than the {wanted} merges used, got {self.skip_merges}"
+            )
         merges = [tuple(merge) for merge in self.merges[:wanted]]
         check_order(merges, self.continuing_subword_prefix, self.end_of_word_suffix)
         return merges
@@ -458,12 +464,16 @@ class MixtureInference(BaseEstimator):
         elif callable(pre):
             words = pre
         else:
-            raise ValueError(f"pre_tokenizer must be a tokenizers pre-tokenizer or a function, got {type(pre).__name__}")
+            raise ValueError(
+                f"pre_tokenizer must be a tokenizers pre-tokenizer or a function, got {type(pre).__name__}"
+            )
         if normalizer is None:
             return words, str
         normalize = getattr(normalizer, "normalize_str", normalizer)
         if not callable(normalize):
-            raise ValueError(f"normalizer must be a tokenizers normalizer or a function, got {type(normalizer).__name__}")
+            raise ValueError(
+                f"normalizer must be a tokenizers normalizer or a function, got {type(normalizer).__name__}"
+            )
         return words, normalize
 
     def _check_counts(self, names: list[str], counts: PairCounts) -> None:

@@ -132,7 +132,9 @@ def train_known_mixture(
     if any(len(given) < 2 for given in texts.values()):
         raise ValueError("every category needs at least two texts, one to train on and one to infer from")
     available = {name: sum(map(_size, given[0::2])) for name, given in texts.items()}
-    total = min([total_bytes, *(available[name] / share for name, share in zip(texts, shares, strict=True) if share > 0)])
+    total = min(
+        [total_bytes, *(available[name] / share for name, share in zip(texts, shares, strict=True) if share > 0)]
+    )
     chosen: list[str] = []
     read = {}
     samples = {}

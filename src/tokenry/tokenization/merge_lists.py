@@ -28,9 +28,7 @@ __all__ = ["MergeList", "drop_redundant_merges", "merges_from_ranks", "read_merg
 
 # Patterns that split text before BPE, by the name of the encoding (README files of the releases).
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_END}"
@@ -113,7 +111,9 @@ def merges_from_ranks(ranks: Mapping[bytes, int], *, limit: int | None = None) -
     """
     lacking = [b for b in range(256) if bytes([b]) not in ranks]
     if lacking:
-        raise ValueError(f"{len(lacking)} of 256 bytes have no rank (first {lacking[0]}): not a byte-level BPE vocabulary")
+        raise ValueError(
+            f"{len(lacking)} of 256 bytes have no rank (first {lacking[0]}): not a byte-level BPE vocabulary"
+        )
     characters = byte_characters()
     merges: list[Merge] = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

@@ -65,7 +65,9 @@ class PairCounts:
 
     def row(self, pair: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Row in force for each (pair, step), -1 where the pair has not occurred yet."""
-        rows = np.searchsorted(self.pair * (self.steps + 1) + self.step, pair * (self.steps + 1) + step, side="right") - 1
+        rows = (
+            np.searchsorted(self.pair * (self.steps + 1) + self.step, pair * (self.steps + 1) + step, side="right") - 1
+        )
         return np.where((rows >= 0) & (self.pair[rows] == pair), rows, -1)
 
     def counts_at(self, rows: np.ndarray) -> np.ndarray:

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tokenry.kernels.linear_cross_entropy import CHUNKED, Backend, LinearNLL, Plan, VocabParallel, dense_nll
+from tokenry.kernels.linear_cross_entropy_one_pass import OnePassLoss, tokens_at_once
 
 __all__ = ["PRESETS", "LinearCrossEntropy", "VocabParallel", "linear_cross_entropy", "z_loss"]
 
@@ -75,7 +75,8 @@ def linear_cross_entropy(
         return_lse: Also return LSE of every token (0 where ignored), differentiable, for ``z_loss``.
         filter_eps: Tiles whose entries of |softmax − onehot| all lie below it are skipped in the backward pass.
             ``"auto"``: eps/32 of the dtype (bfloat16: 2⁻¹², the paper's). None: nothing is skipped. The chunked
-            path takes ``"auto"`` to mean no filter: it works in float32, where 3.7e-9 skips nothing.
+            path takes ``"auto"`` to mean no filter: it works in float32, where 3.7e-9 skips nothing. Without a
+            filter, softcap or ``return_lse`` it makes gradients in the forward pass where that is faster.
         accum_e_fp32: Add the gradient of ``e`` up in float32 (the chunked path always does).
         accum_c_fp32: Add the gradient of ``c`` up in float32 (the chunked path always does).
         filter_e_grad: Whether the filter holds for the gradient of ``e``.
@@ -114,13 +115,15 @@ def linear_cross_entropy(
     e = e.reshape(-1, e.shape[-1])  # (M, D)
 
     backend = _backend(impl, e, y, c, filter_eps, vocab_parallel)
+    eps = filter_eps
+    if eps == "auto":
+        eps = None if backend in (None, CHUNKED) else torch.finfo(_compute_dtype(e)).eps / 32
+    plan = Plan(softcap, eps, filter_e_grad, filter_c_grad, True, accum_e_fp32, accum_c_fp32, None, vocab_parallel)
+    if backend is CHUNKED and reduction != "none" and not return_lse and _one_pass(plan, e, c, bias, len(y)):
+        return _apply_one_pass(e, c, bias, y, rows, 1 / len(y) if reduction == "mean" else 1.0)
     if backend is None:
         nll, lse = dense_nll(e if rows is None else e[rows], c, y, bias, softcap)
     else:
-        eps = filter_eps
-        if eps == "auto":
-            eps = None if backend is CHUNKED else torch.finfo(_compute_dtype(e)).eps / 32
-        plan = Plan(softcap, eps, filter_e_grad, filter_c_grad, True, accum_e_fp32, accum_c_fp32, None, vocab_parallel)
         nll, lse = _apply(e, c, bias, y, rows, plan, backend)
 
     def spread(values: Tensor) -> Tensor:
@@ -133,6 +136,24 @@ def linear_cross_entropy(
 @torch.compiler.disable
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor]:
     return LinearNLL.apply(*arguments)
+
+
+@torch.compiler.disable
+def _apply_one_pass(*arguments: Any) -> Tensor:
+    return OnePassLoss.apply(*arguments, torch.is_grad_enabled())
+
+
+def _one_pass(plan: Plan, e: Tensor, c: Tensor, bias: Tensor | None, kept: int) -> bool:
+    """Whether nothing asks for LSE of all tokens before the first gradient, and a tile holds enough tokens."""
+    same = e.dtype == c.dtype == (e if bias is None else bias).dtype and e.dtype in (torch.float32, torch.float64)
+    plain = plan.softcap is None and plan.filter_eps is None and plan.parallel is None
+    return (
+        kept > 0
+        and same
+        and plain
+        and not torch.is_autocast_enabled(e.device.type)
+        and bool(tokens_at_once(len(c), e.dtype))
+    )
 
 
 def _compute_dtype(e: Tensor) -> torch.dtype:
@@ -191,7 +212,9 @@ def _check(
             )
     for name, tensor in {"e": e, "c": c, "bias": bias}.items():
         if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}; hidden states, not token ids")
+            raise ValueError(
+                f"{name} must be a floating-point tensor, got {tensor.dtype}; hidden states, not token ids"
+            )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integer classes, got {targets.dtype}; use targets.long()")
     if e.ndim < 2 or e.shape[:-1] != targets.shape:
@@ -259,7 +282,7 @@ class LinearCrossEntropy(nn.Module):
         self.settings = settings
 
     def forward(self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None) -> Any:
-        """e (..., D), c (V, D), targets (...), bias (V,) -> the loss, as ``linear_cross_entropy``."""
+        """E (..., D), c (V, D), targets (...), bias (V,) -> the loss, as ``linear_cross_entropy``."""
         return linear_cross_entropy(e, c, targets, bias, **self.settings)
 
     def extra_repr(self) -> str:
@@ -294,7 +317,9 @@ def z_loss(
     if targets is not None:
         kept = targets[..., int(shift) :] != ignore_index
         if kept.shape != lse.shape:
-            raise ValueError(f"targets without the first {int(shift)} are {tuple(kept.shape)}, lse is {tuple(lse.shape)}")
+            raise ValueError(
+                f"targets without the first {int(shift)} are {tuple(kept.shape)}, lse is {tuple(lse.shape)}"
+            )
         square, count = torch.where(kept, square, 0.0), kept.sum()
     if reduction == "none":
         return square

@@ -36,11 +36,11 @@ __all__ = ["AFFNet", "checkpoint_filter_fn"]
 # MBConvs outside the AFF blocks, and whether layers 3, 4, 5 fuse with their input. No results were published for
 # the last two.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "affnet_et": dict(widths=(32, 48, 64, 104, 144), depths=(1, 3, 2, 4, 3), expand_ratio=2.0),
-    "affnet_t": dict(widths=(32, 48, 96, 160, 192), depths=(1, 3, 2, 4, 3)),
-    "affnet": dict(widths=(32, 64, 128, 256, 320), depths=(1, 3, 2, 4, 3)),
-    "affnet_base": dict(widths=(64, 128, 256, 512, 640), depths=(1, 3, 2, 4, 3), fuse=(True, False, False)),
-    "affnet_large": dict(widths=(64, 128, 256, 512, 768), depths=(2, 6, 4, 18, 6), fuse=(True, False, False)),
+    "affnet_et": {"widths": (32, 48, 64, 104, 144), "depths": (1, 3, 2, 4, 3), "expand_ratio": 2.0},
+    "affnet_t": {"widths": (32, 48, 96, 160, 192), "depths": (1, 3, 2, 4, 3)},
+    "affnet": {"widths": (32, 64, 128, 256, 320), "depths": (1, 3, 2, 4, 3)},
+    "affnet_base": {"widths": (64, 128, 256, 512, 640), "depths": (1, 3, 2, 4, 3), "fuse": (True, False, False)},
+    "affnet_large": {"widths": (64, 128, 256, 512, 768), "depths": (2, 6, 4, 18, 6), "fuse": (True, False, False)},
 }
 STEM_WIDTH = 16
 MAX_HEAD_WIDTH = 960
@@ -405,7 +405,8 @@ class AFFNet(nn.Module):
         """(B, num_features, h, w) -> (B, num_classes), or the pooled features."""
         return self.classifier(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenry.assets import held_out_texts, load_model
 from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
@@ -67,7 +67,9 @@ def read_texts(data: str | None) -> list[str]:
         else:
             texts = [text]
     else:
-        raise ValueError(f"no such file or folder: {data}; give a .txt, a .json list of texts, or a folder of .txt files")
+        raise ValueError(
+            f"no such file or folder: {data}; give a .txt, a .json list of texts, or a folder of .txt files"
+        )
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{data} holds no text; give a .txt, a .json list of texts, or a folder of .txt files")
@@ -81,7 +83,7 @@ class KVCache(Comparison):
     title = "Key-value cache compression"
     question = "How much of the cache can go, and what does the model say differently then?"
     baseline = FULL
-    columns = [
+    columns: ClassVar[list[Column]] = [
         Column(key="budget", title="entries per head"),
         Column(key="divergence", title="divergence from the full cache", unit="nats", better="lower"),
         Column(key="against", title="divergence minus EMS's", unit="nats", better="lower"),
@@ -92,7 +94,7 @@ class KVCache(Comparison):
         Column(key="read", title="reading the prompt, full cache = 1", unit="x", better="lower"),
         Column(key="step", title="one new token, full cache = 1", unit="x", better="lower"),
     ]
-    plots = [
+    plots: ClassVar[list[Plot]] = [
         Plot(
             title="Divergence against memory",
             x="bytes",
@@ -102,7 +104,7 @@ class KVCache(Comparison):
         ),
         Plot(title="Time of one new token against the full cache", y="step"),
     ]
-    settings = {
+    settings: ClassVar[dict[str, Any]] = {
         "budgets": [0],
         "window": 16,
         "context": 0,
@@ -135,7 +137,9 @@ class KVCache(Comparison):
         plan = self.plan(options)
         for budget in plan["budgets"]:
             if not 1 <= plan["window"] < budget:
-                raise ValueError(f"kvcache: window={plan['window']} must be at least 1 and smaller than budget {budget}")
+                raise ValueError(
+                    f"kvcache: window={plan['window']} must be at least 1 and smaller than budget {budget}"
+                )
             if budget < 5:
                 raise ValueError(f"kvcache: budgets must be at least 5 (4 sinks and a token), got {budget}")
             if budget >= plan["context"]:

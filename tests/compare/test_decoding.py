@@ -1,0 +1,97 @@
+"""The decoding comparison, tiny: figures, resuming, the user's own prompts and model, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tokenry.compare import compare
+from tokenry.compare.kinds.decoding import GREEDY, Decoding, read_prompts
+
+SMALL = {"prompts": 1, "new_tokens": 8, "sweep": "4,8"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TOKENRY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_compares_and_resumes(tmp_path, monkeypatch):
+    options = {"out": tmp_path, "quiet": True, "repeats": 2, "effort": "demo", "settings": SMALL}
+    result = compare("decoding", **options)
+    rows = {row["method"]: row for row in result.outcome.rows}
+    assert result.outcome.rows[0]["method"] == GREEDY
+    assert rows[GREEDY]["speed"] == 1.0
+    assert rows[GREEDY]["accepted"] == pytest.approx(1.0)
+    assert all(row["identical"] == 100 for row in rows.values())
+    assert rows["zero-node tree"]["accepted"] == 1.0
+    assert rows["token recycling, hot"]["accepted"] >= 1.0
+    assert set(result.outcome.sweeps[0].exponents) == set(rows)
+    assert "Prompt" in result.outcome.examples
+    monkeypatch.setattr(Decoding, "_bench", lambda *a: pytest.fail("a finished run loaded the model again"))
+    assert compare("decoding", **options).outcome.rows == result.outcome.rows
+
+
+def test_own_model_and_prompts_in_a_batch(tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from tokenry.assets import model_path
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 4096,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=0, pad_token_id=1)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("first prompt\n\nthe second one is longer\nthird\n")
+    result = compare(
+        "decoding",
+        quiet=True,
+        repeats=1,
+        effort="demo",
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "prompts.txt"),
+        methods=["token recycling, auto", "prompt lookup", "assisted generation"],
+        settings=SMALL | {"prompts": 3, "batch_size": 2},
+    )
+    assert [row["method"] for row in result.outcome.rows] == [GREEDY, "token recycling, auto"]
+    assert all(row["identical"] == 100 for row in result.outcome.rows)
+    notes = " ".join(result.outcome.notes)
+    assert "batch of one only" in notes
+    assert "draft model with the same tokenizer" in notes
+
+
+@pytest.mark.parametrize(
+    "text", ['["a b", "c"]', '{"prompt": "a b"}\n{"prompt": "c", "n": 1}\n', "a b\nc\n", '[{"text": "a b"}, "c"]']
+)
+def test_reads_prompts(tmp_path, text):
+    (tmp_path / "p").write_text(text)
+    assert read_prompts(str(tmp_path / "p")) == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "nowhere.txt"}, "not a file"),
+        ({"methods": ["magic"]}, "no method is called 'magic'"),
+        ({"settings": {"speed": 1}}, "no setting 'speed'"),
+        ({"settings": {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"settings": {"prompts": -1}}, "prompts must be 0"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare("decoding", quiet=True, **options)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{broken", json.dumps([{"question": "x"}])])
+def test_refuses_files(tmp_path, text):
+    (tmp_path / "p").write_text(text)
+    with pytest.raises(ValueError, match="every entry must be|not"):
+        read_prompts(str(tmp_path / "p"))
