@@ -22,7 +22,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from torch import nn
 
 from tokenry.measure import interleave
-from tokenry.vision import load_checkpoint
+from tokenry.vision import load_checkpoint, metaformer
 
 # our name, where the authors' model is made, slug of the card
 MODELS = [
@@ -34,7 +34,13 @@ MODELS = [
     ("randformer_s12", "metaformer", "metaformer_baselines", "randformer_s12", "metaformer-baselines"),
     ("convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18", "metaformer-baselines"),
     ("caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18", "metaformer-baselines"),
+    ("built_convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18", "metaformer-baselines"),
+    ("built_caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18", "metaformer-baselines"),
 ]
+BUILT = {  # timm has models of these names; the same ones from our builder
+    "built_convformer_s18": "sep_conv",
+    "built_caformer_s18": ("sep_conv", "sep_conv", "attention", "attention"),
+}
 
 
 def old_timm_names() -> None:
@@ -86,7 +92,12 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         theirs = authors(folder, module, their_name).eval().to(given.device)
-        ours = load_checkpoint(timm.create_model(ours_name).eval(), theirs.state_dict()).to(given.device)
+        ours = (
+            metaformer(BUILT[ours_name], (3, 3, 9, 3), head="mlp")
+            if ours_name in BUILT
+            else timm.create_model(ours_name)
+        )
+        ours = load_checkpoint(ours.eval(), theirs.state_dict()).to(given.device)
         x = torch.randn(given.batch, 3, 224, 224, device=given.device)
         with torch.inference_mode():
             difference = (ours(x) - theirs(x)).abs().max().item()

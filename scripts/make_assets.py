@@ -2,8 +2,9 @@
 
     python scripts/make_assets.py --data FOLDER
 
-``FOLDER`` holds ``english-public-domain``, ``multilingual-sib200``, ``cifar10`` and ``forecasting`` (see ``src/tokenry/assets/LICENSES.md``
-for where they come from). The held-out texts are those that ``train_embedded_models.py`` holds out.
+``FOLDER`` holds ``english-public-domain``, ``multilingual-sib200``, ``cifar10`` and ``forecasting`` (see
+``src/tokenry/assets/LICENSES.md`` for where they come from). The held-out texts are those that
+``train_embedded_models.py`` holds out.
 """
 
 from __future__ import annotations

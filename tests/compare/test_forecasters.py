@@ -55,7 +55,7 @@ def test_rows_sweeps_notes_and_resume(csv, tmp_path, monkeypatch):
 
 def test_every_method_runs(csv):
     from tokenry.compare.kinds.forecasters import METHODS as ALL
-    from tokenry.series.forecaster import MODELS
+    from tokenry.series.models import MODELS
 
     assert set(ALL) == set(MODELS)
     result = run(csv, methods=list(ALL))

@@ -68,7 +68,7 @@ def test_a_folder_of_images(folder):
 
 
 def test_parquet_files(folder, tmp_path):
-    (x, y), (test_x, test_y) = read_labelled_images(folder, side=16)
+    (x, y), (_, test_y) = read_labelled_images(folder, side=16)
     assert x.shape == (16, 16, 16, 3) and set(y) | set(test_y) == {0, 1}
 
     def encoded(pixels):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenry.series import Forecaster
-from tokenry.series.forecaster import MODELS
+from tokenry.series.models import MODELS
 
 # name -> (card, settings that make it tiny)
 FORECASTERS = {

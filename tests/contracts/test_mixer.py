@@ -218,5 +218,7 @@ def test_any_callable_is_a_mixer():
     def depthwise(dim, **kwargs):
         return torch.nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    net = metaformer([depthwise, torch.nn.Identity, lambda dim: torch.nn.AvgPool2d(3, 1, 1)], (1, 1, 1), (8, 16, 16), 2, 64)
+    net = metaformer(
+        [depthwise, torch.nn.Identity, lambda dim: torch.nn.AvgPool2d(3, 1, 1)], (1, 1, 1), (8, 16, 16), 2, 64
+    )
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 2)

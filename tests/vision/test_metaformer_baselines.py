@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden_case import GoldenCase
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from golden_case import GoldenCase
 from tokenry.layers import MLPHead, SquaredReLU, StarReLU
 from tokenry.layers.star_relu import UNIT_BIAS, UNIT_SCALE
 from tokenry.mixers import (
@@ -206,7 +206,9 @@ def test_identity_returns_what_it_gets():
 
 def test_21k_head_becomes_1k():
     bias = torch.arange(21841.0)
-    converted = convert_in21k_head({"head.fc2.bias": bias, "head.fc2.weight": bias[:, None].expand(-1, 2), "norm.weight": bias[:5]})
+    converted = convert_in21k_head(
+        {"head.fc2.bias": bias, "head.fc2.weight": bias[:, None].expand(-1, 2), "norm.weight": bias[:5]}
+    )
     assert converted["norm.weight"].shape == (5,)
     assert converted["head.fc2.weight"].shape == (1000, 2)
     assert converted["head.fc2.bias"][850] == bias.mean()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden_case import GoldenCase
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import tokenry.vision  # registers the models
+from golden_case import GoldenCase
 from tokenry.mixers import PoolingMixer, SpatialFCMixer
 from tokenry.vision import MetaFormerBlock, load_checkpoint, metaformer, poolformer
 

@@ -64,7 +64,7 @@ def _mixture(seed: int, index: int, **options: Any) -> tuple[Any, Any, Any]:
     known = train_known_mixture(
         {name: texts[name] for name in names}, draw_shares(CATEGORIES, rng), merges=MERGES, **options
     )
-    inference = MixtureInference.from_tokenizer(known.tokenizer)
+    inference = MixtureInference.from_tokenizer(known.tokenizer, unseen="keep")
     samples = inference.count(known.samples)
     return known, inference.solve(samples), samples
 
@@ -166,7 +166,7 @@ def omitted_category(context: Context) -> Measurement:
         import warnings
 
         known, found, _ = _mixture(context.seed, index)
-        inference = MixtureInference.from_tokenizer(known.tokenizer)
+        inference = MixtureInference.from_tokenizer(known.tokenizer, unseen="keep")
         rows = [{"omitted": "", "mass": 0.0, "error": log10_mse(found.proportions_, known.shares)}]
         for gone in known.shares:
             rest = {name: share / (1 - known.shares[gone]) for name, share in known.shares.items() if name != gone}

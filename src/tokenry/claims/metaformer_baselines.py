@@ -172,9 +172,7 @@ def mixers_order(context: Context) -> Measurement:
     mean = {name: statistics.mean(found) for name, found in accuracies.items()}
     spread = max(statistics.stdev(found) for found in accuracies.values())
     shows = (
-        mean["identity"] >= 20
-        and mean["random"] > mean["identity"]
-        and mean["sep_conv"] >= max(mean.values()) - spread
+        mean["identity"] >= 20 and mean["random"] > mean["identity"] and mean["sep_conv"] >= max(mean.values()) - spread
     )
     text = ", ".join(f"{name} {value:.1f} %" for name, value in mean.items())
     return Measurement(

@@ -48,7 +48,9 @@ def mixture(
     data: Annotated[
         list[str], typer.Option(help="name=file for each category (several may follow), or a folder of *.txt files.")
     ],
-    more: Annotated[list[str] | None, typer.Argument(help="Further name=file after --data.", show_default=False)] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(help="Further name=file after --data.", show_default=False)
+    ] = None,
     merges: Annotated[int, typer.Option(help="Use the first so many merges; fewer if the list is shorter.")] = 3000,
     denominator: Annotated[str, typer.Option(help="pairs, bytes or chars.")] = "pairs",
     out: Annotated[

@@ -61,7 +61,8 @@ class RowProcessors:
         lengths = [n + depth for n in state.lengths]
         if depth:
             at = torch.tensor(lengths, device=scores.device)[:, None] - 1
-            state.ids.scatter_(1, at, came[:, -1:])
+            frozen = torch.tensor(state.finished, device=scores.device)[:, None]
+            state.ids.scatter_(1, at, came[:, -1:].masked_fill(frozen, state.pad))
         wanted = sorted({n for n, done in zip(lengths, state.finished, strict=True) if not done})
         if len(wanted) == 1:
             return self.processors(state.ids[:, : wanted[0]], scores)

@@ -107,11 +107,11 @@ def adaptive_frequency_filter(
     """
     filtered = _with_matmul if fourier == "matmul" else _with_fft
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parameters = [p.to(dtype) for p in (w1, b1, w2, b2)]
+    arguments = (x.to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype), threshold, act)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return filtered(x.to(dtype), *parameters, threshold, act).to(x.dtype)
-    return filtered(x.to(dtype), *parameters, threshold, act).to(x.dtype)
+            return filtered(*arguments).to(x.dtype)
+    return filtered(*arguments).to(x.dtype)
 
 
 def _with_fft(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: float, act: Act) -> Tensor:

@@ -65,14 +65,16 @@ class Entries:
 
 
 class Scorer(Protocol):
-    """Ranks stored entries; a higher score stays.
+    """Ranks stored entries; a higher score stays."""
 
-    Attributes:
-        needs: ``"all"``: column sums over all queries; ``"recent"``: only the last queries' rows (cheaper; ``sums``
-            holds those rows' sums); ``"nothing"``: no attention at all.
-    """
+    @property
+    def needs(self) -> Literal["all", "recent", "nothing"]:
+        """What attention must be observed.
 
-    needs: Literal["all", "recent", "nothing"]
+        ``"all"``: column sums over all queries; ``"recent"``: only the newest queries' rows, which is cheaper
+        (``sums`` then holds those rows' sums); ``"nothing"``: none.
+        """
+        ...
 
     def __call__(self, entries: Entries) -> Tensor:
         """Scores ``[B, H, S]`` float32; what padding gets does not matter."""
@@ -215,7 +217,12 @@ class CompressedLayer(DynamicLayer):
     @property
     def stored(self) -> int:
         """Entries held per head."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return self.keys.shape[-2] if self.keys is not None and self.keys.numel() else 0
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            raise ValueError("the cache layer holds nothing yet: it is filled by update()")
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; the full keys and values take part in this call, compression follows it."""
@@ -254,11 +261,11 @@ class CompressedLayer(DynamicLayer):
     def _per_row(self) -> list[str]:
         return [n for n in ("positions", "sums", "counts", "recent") if getattr(self, n) is not None]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows, for beam search."""
         super().reorder_cache(beam_idx)
         for name in self._per_row():
-            setattr(self, name, getattr(self, name).index_select(0, beam_idx.to(self.keys.device)))
+            setattr(self, name, getattr(self, name).index_select(0, beam_idx.to(getattr(self, name).device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -275,15 +282,16 @@ class CompressedLayer(DynamicLayer):
     @torch.no_grad()
     def observe(self, call: AttentionCall) -> None:
         """Take in the attention of the call that just ran; compress when it is time."""
-        new, before = call.query.shape[-2], self.stored - call.query.shape[-2]
+        new = call.query.shape[-2]
         if new > 1 and call.valid is not None:
             self._check(call.valid, new)
         if self.compressed and self.every is None:
             return
         valid = call.valid
         if valid is None:
-            valid = self.keys.new_ones((self.keys.shape[0], self.stored), dtype=torch.bool)
-        self._add(call, new, before, valid)
+            keys = self._held()[0]
+            valid = keys.new_ones((keys.shape[0], self.stored), dtype=torch.bool)
+        self._add(call, new, valid)
         if self.compressed or new == 1:
             due = self.every is not None and self.stored > self.budget + self.every
         else:
@@ -307,11 +315,11 @@ class CompressedLayer(DynamicLayer):
             "(tokenizer.padding_side = 'left')"
         )
 
-    def _add(self, call: AttentionCall, new: int, before: int, valid: Tensor) -> None:
+    def _add(self, call: AttentionCall, new: int, valid: Tensor) -> None:
         """Add one call's attention to the running sums."""
-        batch, heads, stored, _ = self.keys.shape
-        device = self.keys.device
-        places = torch.arange(self.cumulative_length - new, self.cumulative_length, device=device)
+        keys = self._held()[0]
+        batch, heads, stored, _ = keys.shape
+        places = torch.arange(self.cumulative_length - new, self.cumulative_length, device=keys.device)
         positions = places.expand(batch, heads, -1)
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=-1)
         needs, query, mask, bias = self.scorer.needs, call.query, call.mask, call.bias
@@ -323,7 +331,7 @@ class CompressedLayer(DynamicLayer):
             bias = None if bias is None else bias[..., -self.window :, :]
         seen = attention_sums(
             query,
-            self.keys,
+            keys,
             scaling=call.scaling,
             mask=mask,
             valid=None if call.valid is None else valid,
@@ -344,11 +352,11 @@ class CompressedLayer(DynamicLayer):
 
     def _compress(self, valid: Tensor) -> None:
         """Cut to the budget; carry the running sums along if there is a next time."""
-        batch, heads, stored, _ = self.keys.shape
-        none = self.keys.new_zeros((batch, heads, stored), dtype=torch.float32)
+        keys, values = self._held()
+        none = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         entries = Entries(
-            keys=self.keys,
-            values=self.values,
+            keys=keys,
+            values=values,
             positions=none.long() if self.positions is None else self.positions,
             valid=valid,
             sums=none if self.sums is None else self.sums,
@@ -424,7 +432,6 @@ class CompressedCache(Cache):
             )
         super().__init__(layers=layers)
         self._restore = weakref.finalize(self, forget, self.config)
-        self._restore.atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         """A copy that still belongs to the same model: the config is shared."""
@@ -433,7 +440,6 @@ class CompressedCache(Cache):
         memo[id(self.config)] = self.config
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_restore"})
         twin._restore = weakref.finalize(twin, forget, twin.config)
-        twin._restore.atexit = False
         return twin
 
     def update(

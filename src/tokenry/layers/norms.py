@@ -1,7 +1,7 @@
 """Norms of channels-last maps, with and without a bias.
 
-    GroupNorm1   mean and variance over (H, W, C) of a sample, a weight (and bias) per channel; group norm of one group
-    LayerNorm    torch's own, over C: ``nn.LayerNorm(dim, eps=..., bias=...)``
+GroupNorm1   mean and variance over (H, W, C) of a sample, a weight (and bias) per channel; group norm of one group
+LayerNorm    torch's own, over C: ``nn.LayerNorm(dim, eps=..., bias=...)``
 """
 
 from __future__ import annotations

@@ -24,23 +24,29 @@ UNIT_SCALE = 2 / 5**0.5
 UNIT_BIAS = -1 / 5**0.5
 
 
+def _in_place(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Three passes over one new tensor, none of them recorded."""
+    y = x.relu()
+    return torch.addcmul(bias, y.mul_(y), scale, out=y)
+
+
 class _StarReLU(torch.autograd.Function):
     """Keeps x alone for the backward pass, where the plain expression keeps three tensors of its size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale)
-        y = x.relu()
-        return y.mul_(y).mul_(scale).add_(bias)
+        return _in_place(x, scale, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, scale = ctx.saved_tensors
         positive = x.relu()
         slope = positive * grad  # half of d(relu^2) * grad
-        grad_scale = (slope * positive).sum().to(scale.dtype).reshape(scale.shape) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum().to(scale.dtype).reshape(scale.shape) if ctx.needs_input_grad[2] else None
-        return (2 * scale).to(slope.dtype) * slope if ctx.needs_input_grad[0] else None, grad_scale, grad_bias
+        grad_scale = torch.dot(slope.flatten(), positive.flatten()).reshape(1) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum().reshape(1) if ctx.needs_input_grad[2] else None
+        grad_x = slope * (2 * scale) if torch.is_grad_enabled() else slope.mul_(2 * scale)
+        return grad_x, grad_scale, grad_bias
 
 
 def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -56,8 +62,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     scale, bias = scale.to(x.dtype), bias.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or bias.requires_grad):
         return _StarReLU.apply(x, scale, bias)
-    y = x.relu()
-    return y.mul_(y).mul_(scale).add_(bias)
+    return _in_place(x, scale, bias)
 
 
 def squared_relu(x: Tensor) -> Tensor:

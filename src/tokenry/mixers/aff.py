@@ -87,7 +87,7 @@ class AFFMixer(nn.Module):
         self.num_blocks = num_blocks
         self.sparsity_threshold = sparsity_threshold
         self.skip = skip
-        self.fourier = fourier
+        self.fourier: Fourier = fourier
         block = dim // num_blocks
         hidden = block * int(hidden_factor)
 

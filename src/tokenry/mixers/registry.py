@@ -225,7 +225,9 @@ def convert_layout(
         height, width = grid if grid is not None else (round(tokens**0.5),) * 2
         if height * width != tokens:
             given = "no grid was given and they are no square" if grid is None else f"the grid is {height}x{width}"
-            raise ValueError(f"cannot lay {tokens} tokens out as a map: {given}; give grid=(H, W) with H * W = {tokens}")
+            raise ValueError(
+                f"cannot lay {tokens} tokens out as a map: {given}; give grid=(H, W) with H * W = {tokens}"
+            )
         x = x.unflatten(1, (height, width))  # (B, H, W, C)
     elif source == Layout.NCHW:
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)

@@ -1,10 +1,11 @@
 from .forecaster import Forecaster as Forecaster
-from .forecaster import ModelKind as ModelKind
 from .itransformer import ITransformerConfig as ITransformerConfig
 from .itransformer import ITransformerForPrediction as ITransformerForPrediction
 from .itransformer import ITransformerOutput as ITransformerOutput
 from .linear import LinearForecastConfig as LinearForecastConfig
 from .linear import LinearForPrediction as LinearForPrediction
+from .models import MODELS as MODELS
+from .models import ModelKind as ModelKind
 from .naive import SeasonalNaive as SeasonalNaive
 from .time_tokens import TimeTokenTransformer as TimeTokenTransformer
 from .time_tokens import TimeTokenTransformerConfig as TimeTokenTransformerConfig

@@ -9,15 +9,13 @@ after every epoch when a folder is given, so that a killed run goes on where it 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tokenry.series.models import MODELS
 from tokenry.series.windows import (
     FEATURE_SETS,
     Scaler,
@@ -42,64 +41,7 @@ from tokenry.series.windows import (
     window_count,
 )
 
-__all__ = ["MODELS", "Forecaster", "ModelKind"]
-
-
-@dataclass(frozen=True)
-class ModelKind:
-    """How a model of the family is made from its name.
-
-    Attributes:
-        model: ``module:attribute`` of a module called with ``past_values`` (and, where its forward names it,
-            ``past_time_features``) that returns an output with ``prediction_outputs`` ``(B, S, N)``.
-        config: Of its configuration class; empty when the model takes keywords itself.
-        settings: Defaults that differ from the configuration's.
-        learning_rate: Adam's first step size.
-    """
-
-    model: str
-    config: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float = 1e-4
-
-    def build(self, given: Mapping[str, Any], settings: Mapping[str, Any]) -> nn.Module:
-        """Make the model. ``given`` is taken where the model knows the name, ``settings`` must be known."""
-        model = _load(self.model)
-        made_by = _load(self.config) if self.config else model
-        names = set(inspect.signature(made_by).parameters)
-        unknown = [name for name in settings if name not in names]
-        if unknown:
-            raise ValueError(f"{model.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-        arguments = {**{k: v for k, v in given.items() if k in names}, **self.settings, **settings}
-        return model(made_by(**arguments)) if self.config else model(**arguments)
-
-
-def _load(entry_point: str) -> Any:
-    module, name = entry_point.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-HERE = "tokenry.series"
-ITRANSFORMER = (f"{HERE}.itransformer:ITransformerForPrediction", f"{HERE}.itransformer:ITransformerConfig")
-TIME_TOKENS = (f"{HERE}.time_tokens:TimeTokenTransformer", f"{HERE}.time_tokens:TimeTokenTransformerConfig")
-LINEAR = (f"{HERE}.linear:LinearForPrediction", f"{HERE}.linear:LinearForecastConfig")
-# The small PatchTST that its authors use for ETT; the flattened head is theirs too.
-PATCHTST = {
-    "patch_length": 16, "patch_stride": 8, "d_model": 16, "num_attention_heads": 4, "ffn_dim": 128, "pooling_type": None,
-    "attention_dropout": 0.3, "ff_dropout": 0.3, "positional_dropout": 0.3,
-}  # fmt: skip
-
-MODELS: dict[str, ModelKind] = {
-    "itransformer": ModelKind(*ITRANSFORMER, {"d_model": 256}),
-    "iflowformer": ModelKind(*ITRANSFORMER, {"d_model": 256, "attention": "flow"}),
-    "time-tokens": ModelKind(*TIME_TOKENS, {"d_model": 256}),
-    "rlinear": ModelKind(*LINEAR, {"variant": "rlinear"}, 5e-3),
-    "nlinear": ModelKind(*LINEAR, {"variant": "nlinear"}, 5e-3),
-    "dlinear": ModelKind(*LINEAR, {"variant": "dlinear"}, 5e-3),
-    "patchtst": ModelKind("transformers:PatchTSTForPrediction", "transformers:PatchTSTConfig", PATCHTST, 1e-3),
-    "seasonal-naive": ModelKind(f"{HERE}.naive:SeasonalNaive"),
-    "repeat-last": ModelKind(f"{HERE}.naive:SeasonalNaive", "", {"season_length": 1}),
-}
+__all__ = ["Forecaster"]
 
 
 class Forecaster:
@@ -183,14 +125,14 @@ class Forecaster:
         self.device, self.dtype, self.compile, self.date_column = device, dtype, compile, date_column
         self.settings = settings
         self.model: nn.Module | None = None
-        self.scaler: Scaler | None = None
+        self.scaler = Scaler(np.zeros(0), np.ones(0))
         self.columns: list[str] = []
         self.history: list[dict[str, float]] = []
         self.stopped = False
-        self._tail: pd.DataFrame | None = None
+        self._tail = pd.DataFrame()
         self._season = 1
         if self.kind:  # a wrong setting shows now, before any data is read
-            with self._seeded(seed), torch.device("meta"):
+            with _seeded(seed, device), torch.device("meta"):
                 self.build_model(variates=1)
 
     # ------------------------------------------------------------------ fitting
@@ -225,7 +167,7 @@ class Forecaster:
         tail.insert(0, self.date_column, dates[-self.context_length :])
         self._tail = tail.reset_index(drop=True)
         self.history, self.stopped = [], False
-        with self._seeded(self.seed):
+        with _seeded(self.seed, self.device):
             self.model = self.build_model(variates=table.shape[1]).to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
@@ -264,13 +206,18 @@ class Forecaster:
         return self
 
     def _epoch(
-        self, call: nn.Module, train: Windows, optimizer: torch.optim.Optimizer, epoch: int, tick: Callable[[], None]
+        self,
+        call: Callable[..., Any],
+        train: Windows,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        tick: Callable[[], None],
     ) -> float:
         """One pass over the training windows in a new order; the mean loss. The last partial batch is left out."""
-        call.train()
+        self._fitted().train()
         total = torch.zeros((), device=self.device)
         steps = 0
-        with self._seeded(self.seed * 1009 + epoch):
+        with _seeded(self.seed * 1009 + epoch, self.device):
             order = torch.randperm(len(train))
             if self.stride > 1:
                 order = order[order % self.stride == 0]
@@ -287,7 +234,7 @@ class Forecaster:
                 tick()
         return float(total / steps)
 
-    def _forward(self, call: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def _forward(self, call: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         if "past_time_features" in batch and not self._takes_marks():
             batch = {"past_values": batch["past_values"]}
         with self._autocast():
@@ -336,7 +283,7 @@ class Forecaster:
             known = len(forecast) + len(piece)
             forecast = np.concatenate([forecast, piece])
             values = np.concatenate([values, piece])
-            times = times.append(future[known - len(piece) : known])
+            times = pd.DatetimeIndex(times.append(future[known - len(piece) : known]))
         found = pd.DataFrame(scaler.inverse(forecast[:horizon]), columns=table.columns)
         found.insert(0, self.date_column, future)
         return found
@@ -415,9 +362,9 @@ class Forecaster:
         return self._errors(self._fitted(), windows, chosen, stride)
 
     def _errors(
-        self, call: nn.Module, windows: Windows, columns: list[int] | None = None, stride: int = 1
+        self, call: Callable[..., Any], windows: Windows, columns: list[int] | None = None, stride: int = 1
     ) -> dict[str, Any]:
-        call.eval()
+        self._fitted().eval()
         squares = torch.zeros(self.prediction_length, dtype=torch.float64, device=self.device)
         absolute = torch.zeros((), dtype=torch.float64, device=self.device)
         order = torch.arange(0, len(windows), stride)
@@ -484,11 +431,11 @@ class Forecaster:
         if not path.is_file():
             raise ValueError(f"{folder} holds no forecaster.json; give a folder that Forecaster.save wrote")
         state = json.loads(path.read_text("utf-8"))
-        options = {**state["options"], "device": device}
-        kind = options.pop("model")
-        if kind is None and model is None:
+        options: dict[str, Any] = {**state["options"], "device": device}
+        chosen = options.pop("model") or model
+        if chosen is None:
             raise ValueError("this forecaster holds a model of your own: give one of the same shape as model=")
-        found = cls(kind or model, **options, **state["settings"])
+        found = cls(chosen, **options, **state["settings"])
         found.columns, found.history, found._season = state["columns"], state["history"], state["season"]
         found.scaler = Scaler(np.asarray(state["mean"]), np.asarray(state["scale"]))
         tail = pd.DataFrame(state["tail"])
@@ -539,8 +486,10 @@ class Forecaster:
 
     def build_model(self, variates: int) -> nn.Module:
         """A new, untrained model for that many series."""
-        if self.kind is None:
-            return self._given if isinstance(self._given, nn.Module) else self._given(variates)
+        if isinstance(self._given, nn.Module):
+            return self._given
+        if self._given is not None:
+            return self._given(variates)
         given = {
             "context_length": self.context_length,
             "prediction_length": self.prediction_length,
@@ -548,7 +497,7 @@ class Forecaster:
             "num_time_features": max(len(self._feature_names()), 1),
             "season_length": min(self._season, self.context_length),
         }
-        return MODELS[self.kind].build(given, self.settings)
+        return MODELS[str(self.kind)].build(given, self.settings)
 
     def training_windows(self, rows: int) -> range:
         """Numbers of the windows that a table of that many rows is trained on (before ``stride``)."""
@@ -562,9 +511,6 @@ class Forecaster:
 
     def _feature_names(self) -> tuple[str, ...]:
         return () if self.features is None else FEATURE_SETS[self.features]
-
-    def _seeded(self, seed: int) -> _Seeded:
-        return _Seeded(seed, self.device)
 
     def _windows(self, values: np.ndarray, dates: pd.DatetimeIndex, rows: range, scaler: Scaler) -> Windows:
         block = slice(rows.start, rows.stop)
@@ -613,19 +559,12 @@ class Forecaster:
                 )
 
 
-class _Seeded:
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
     """Draw from a fixed seed inside, and leave the caller's generators as they were."""
-
-    def __init__(self, seed: int, device: str) -> None:
-        devices = [torch.device(device)] if device.startswith("cuda") else []
-        self._fork, self._seed = torch.random.fork_rng(devices), seed
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: object) -> None:
-        self._fork.__exit__(*error)
+    with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _progress(quiet: bool) -> Progress:

@@ -145,8 +145,9 @@ class VariateBlock(GradientCheckpointingLayer):
         super().__init__()
         self.attention = VariateAttention(config)
         self.norm1 = nn.LayerNorm(config.d_model)
-        self.ffn_in = nn.Linear(config.d_model, config.ffn_dim)
-        self.ffn_out = nn.Linear(config.ffn_dim, config.d_model)
+        width = config.ffn_dim or config.d_model
+        self.ffn_in = nn.Linear(config.d_model, width)
+        self.ffn_out = nn.Linear(width, config.d_model)
         self.norm2 = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -15,10 +15,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pandas.tseries.frequencies import to_offset
 from torch import Tensor
 
 __all__ = [
@@ -182,10 +184,10 @@ def read_frame(path: str | Path) -> pd.DataFrame:
             f"{path} has no column of dates: its columns are {', '.join(map(str, frame))}; name one `date`"
         )
     try:
-        frame[found] = pd.to_datetime(frame[found])
+        dates = pd.to_datetime(frame[found])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: column {found!r} does not hold dates ({error})") from error
-    return frame.rename(columns={found: "date"})
+    return frame.assign(**{str(found): dates}).rename(columns={found: "date"})
 
 
 def check_frame(frame: pd.DataFrame, date_column: str = "date") -> tuple[pd.DatetimeIndex, pd.DataFrame]:
@@ -255,11 +257,11 @@ def step_of(dates: pd.DatetimeIndex) -> pd.DateOffset:
     if (steps != steps[0]).any():
         inferred = _inferred(dates)
         if inferred is not None:
-            return pd.tseries.frequencies.to_offset(inferred)
-    return pd.tseries.frequencies.to_offset(pd.Timedelta(steps[-1]))
+            return to_offset(inferred)
+    return to_offset(pd.Timedelta(steps[-1]).to_pytimedelta())
 
 
-def _inferred(dates: pd.DatetimeIndex) -> object:
+def _inferred(dates: pd.DatetimeIndex) -> Any:
     with warnings.catch_warnings():  # pandas 3 announces another type of result; both are taken here
         warnings.simplefilter("ignore")
         return pd.infer_freq(dates)

@@ -91,8 +91,8 @@ class Detector(BaseEstimator):
         """Runs the models; they are loaded on first use where they were given by name."""
         settings = (self.model, self.tokenizer, self.reference_model, self.reference_tokenizer)
         settings = (*map(id, settings), self.n_samples, self.seed, self.max_tokens)
-        if getattr(self, "_scorer_settings", None) != settings:
-            self._scorer = TokenScorer(
+        if getattr(self, "scorer_settings_", None) != settings:
+            self.scorer_ = TokenScorer(
                 self.model,
                 self.tokenizer,
                 reference_model=self.reference_model,
@@ -101,8 +101,8 @@ class Detector(BaseEstimator):
                 seed=self.seed,
                 max_tokens=self.max_tokens,
             )
-            self._scorer_settings = settings
-        return self._scorer
+            self.scorer_settings_ = settings
+        return self.scorer_
 
     def score(self, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
         """Score of each text, (N,); higher is more machine-like. Evidence, not proof.
@@ -147,7 +147,7 @@ class Detector(BaseEstimator):
         if len(texts) != len(labels):
             raise ValueError(f"got {len(texts)} texts and {len(labels)} labels: each text needs one")
         choose_threshold([0.0] * len(labels), labels, false_positive_rate)  # refuse bad labels before the models run
-        self.threshold_ = choose_threshold(self.score(texts, batch_size), labels, false_positive_rate)
+        self.threshold_ = choose_threshold(self.score(texts, batch_size).tolist(), labels, false_positive_rate)
         self.classes_ = np.array([0, 1])
         return self
 

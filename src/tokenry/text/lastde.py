@@ -305,7 +305,7 @@ class LastdeDetector(Detector):
         bins = int(settings["bins_per_token"] * len(statistics))
         mde = multiscale_diversity_entropy(statistics.log_probs, settings["embed_size"], bins, settings["scales"])
         return Explanation(
-            tokens=[self.scorer.tokenizer.decode([token]) for token in ids[0][1:]],
+            tokens=[str(self.scorer.tokenizer.decode([token])) for token in ids[0][1:]],
             log_probs=statistics.log_probs.tolist(),
             diversity_entropy=mde.tolist(),
             likelihood=float(statistics.log_probs.mean()),

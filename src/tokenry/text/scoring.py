@@ -65,7 +65,8 @@ class TokenStatistics:
     def join(cls, parts: Sequence[TokenStatistics]) -> TokenStatistics:
         """One text from consecutive pieces."""
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        return cls(**{name: torch.cat(c, dim=-1) if c[0] is not None else None for name, c in columns.items()})
+        joined: dict[str, Any] = {name: torch.cat(c, dim=-1) for name, c in columns.items() if c[0] is not None}
+        return cls(**joined)
 
 
 def _check_logits(logits: Tensor, name: str) -> None:
@@ -208,11 +209,13 @@ class TokenScorer:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
-        model, tokenizer = self._model, self._tokenizer
+        model: Any = self._model
+        tokenizer: Any = self._tokenizer
         if isinstance(model, str):
             model, own = load_model(model)
             tokenizer = tokenizer or own
-        reference, theirs = self._reference, self._reference_tokenizer
+        reference: Any = self._reference
+        theirs: Any = self._reference_tokenizer
         if isinstance(reference, str):
             reference, own = load_model(reference)
             theirs = theirs or own

@@ -1,7 +1,5 @@
 from .data_mixture_inference import MixtureInference as MixtureInference
-from .data_mixture_inference import MixtureSolution as MixtureSolution
 from .data_mixture_inference import Samples as Samples
-from .data_mixture_inference import solve_mixture as solve_mixture
 from .known_mixtures import KnownMixture as KnownMixture
 from .known_mixtures import TokenEfficiency as TokenEfficiency
 from .known_mixtures import classify_tokens as classify_tokens
@@ -14,5 +12,7 @@ from .merge_lists import MergeList as MergeList
 from .merge_lists import drop_redundant_merges as drop_redundant_merges
 from .merge_lists import merges_from_ranks as merges_from_ranks
 from .merge_lists import read_merge_list as read_merge_list
+from .mixture_program import MixtureSolution as MixtureSolution
+from .mixture_program import solve_mixture as solve_mixture
 from .pair_counts import PairCounts as PairCounts
 from .pair_counts import count_pairs as count_pairs

@@ -109,7 +109,7 @@ def _size(text: str) -> int:
 
 def train_known_mixture(
     texts: Mapping[str, Sequence[str]],
-    shares: Sequence[float],
+    shares: Sequence[float] | np.ndarray,
     *,
     merges: int = 300,
     total_bytes: int = 200_000,

@@ -238,7 +238,8 @@ def _from_json(text: str, where: str) -> MergeList:
     if kind != "BPE" or not model.get("merges"):
         raise ValueError(f"{where} holds a {kind} model: there is no merge order to read; only BPE tokenizers have one")
     tokenizer = Tokenizer.from_str(text)
-    merges: list[Merge] = [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in model["merges"]]
+    listed = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    merges: list[Merge] = [(merge[0], merge[1]) for merge in listed]
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     products = {left + right.removeprefix(prefix) for left, right in merges}
     redundant = len(merges) - len(products)

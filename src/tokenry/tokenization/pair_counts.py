@@ -82,7 +82,7 @@ class PairCounts:
     def changed(self, category: int, step: int) -> dict[Merge, int]:
         """Counts of one category that changed since the step before, as the values they changed to."""
         rows = np.flatnonzero(self.step == step)
-        rows = rows[self.change[rows][:, [category]].toarray().ravel() != 0]
+        rows = rows[(self.change @ np.eye(len(self.initial))[category])[rows] != 0]
         values = self.counts_at(rows)[:, category]
         return {self.pairs[p]: int(k) for p, k in zip(self.pair[rows].tolist(), values.tolist(), strict=True)}
 

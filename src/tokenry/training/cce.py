@@ -297,7 +297,7 @@ def z_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Square of LSE, which keeps logits from drifting: add about ``1e-4 * z_loss(lse, targets)`` to the loss.
+    """Square of LSE: a small multiple of it (about 1e-4) added to the loss keeps logits from drifting.
 
     Args:
         lse: From ``linear_cross_entropy(..., return_lse=True)``, (..., T - shift).

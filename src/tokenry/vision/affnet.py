@@ -95,17 +95,14 @@ class ConvNormAct(nn.Module):
         conv = nn.Conv2d(
             in_chans, out_chans, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **dd
         )
-        self.block = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_chans, **dd)))
+        parts: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_chans, **dd))
+        self.block = nn.Sequential(parts)
         self.act = act_layer() if act_layer is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / stride, W / stride)
         conv, norm = self.block.conv, self.block.norm
-        if (
-            type(conv) is nn.Conv2d
-            and type(norm) is nn.BatchNorm2d
-            and not norm.training
-            and norm.weight.is_floating_point()
-        ):
+        plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+        if plain and not norm.training and conv.weight.dtype in (torch.float32, torch.float64):
             x = _conv_with_statistics(x, conv, norm)
         else:
             x = self.block(x)
@@ -116,8 +113,9 @@ class ConvNormAct(nn.Module):
 
 def _conv_with_statistics(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """Convolution and batch norm with fixed statistics as one convolution: a pass over the map less."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - mean * scale
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -137,7 +135,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = make_divisible(round(in_chans * expand_ratio), 8)
         depthwise = ConvNormAct(hidden, hidden, 3, stride, dilation, groups=hidden, act_layer=act_layer, **dd)
-        parts = OrderedDict(
+        parts: OrderedDict[str, nn.Module] = OrderedDict(
             exp_1x1=ConvNormAct(in_chans, hidden, act_layer=act_layer, **dd),
             conv_3x3=depthwise,
             red_1x1=ConvNormAct(hidden, out_chans, **dd),
@@ -284,7 +282,7 @@ class AFFNet(nn.Module):
 
         self.conv_1 = ConvNormAct(in_chans, STEM_WIDTH, 3, stride=2, act_layer=act, **dd)
         width, reduction, dilation = STEM_WIDTH, 2, 1
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths[2:]), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths[2:]), stagewise=True)
         for index, (out_width, depth) in enumerate(zip(widths, depths, strict=True)):
             stride = 1 if index == 0 else 2
             before = dilation  # the strided convolution itself is dilated by what came before it
@@ -303,7 +301,7 @@ class AFFNet(nn.Module):
             width = out_width
 
         self.num_features = self.head_hidden_size = min(4 * width, MAX_HEAD_WIDTH)
-        self.conv_1x1_exp = ConvNormAct(width, self.num_features, act_layer=act, **dd)
+        self.conv_1x1_exp: nn.Module = ConvNormAct(width, self.num_features, act_layer=act, **dd)
         self.classifier = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.apply(_init_weights)
 
@@ -353,7 +351,7 @@ class AFFNet(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -388,7 +386,7 @@ class AFFNet(nn.Module):
         return maps if intermediates_only else (self.conv_1x1_exp(x), maps)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the chosen layers do not need, as in timm."""
         take, last = feature_take_indices(len(self.stages), indices)

@@ -1,13 +1,13 @@
 """Checkpoints of the MetaFormer family: the authors' files and timm's into these models, 21k heads into 1k heads.
 
-    ours                                    PoolFormer (2111.11418)     Baselines (2210.13452)        timm
-    stem.conv                               patch_embed.proj            downsample_layers.0.conv      stem.conv
-    stem.post_norm                          -                           downsample_layers.0.post_norm stem.norm
-    stages.i.downsample.{pre_norm,conv}     network.k.proj              downsample_layers.i.*         stages.i.downsample.{norm,conv}
-    stages.i.pos_embed                      network.k.pos_embed         -                             -
-    stages.i.blocks.j.*                     network.k.j.*               stages.i.j.*                  stages.i.blocks.j.*
-    head.norm, head.fc                      norm, head                  norm, head                    head.norm, head.fc
-    feature_norms.i                         norm{k}                     -                             -
+ours                                    PoolFormer (2111.11418)     Baselines (2210.13452)        timm
+stem.conv                               patch_embed.proj            downsample_layers.0.conv      stem.conv
+stem.post_norm                          -                           downsample_layers.0.post_norm stem.norm
+stages.i.downsample.{pre_norm,conv}     network.k.proj              downsample_layers.i.*         stages.i.downsample.{norm,conv}
+stages.i.pos_embed                      network.k.pos_embed         -                             -
+stages.i.blocks.j.*                     network.k.j.*               stages.i.j.*                  stages.i.blocks.j.*
+head.norm, head.fc                      norm, head                  norm, head                    head.norm, head.fc
+feature_norms.i                         norm{k}                     -                             -
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def _from_poolformer(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = f"feature_norms.{where[int(entry[1])][0]}.{entry[2]}"
         else:
             name = re.sub(r"^patch_embed\.proj", "stem.conv", name)
-            name = re.sub(r"^head\.", "head.fc.", name) if name.startswith("head.") else re.sub(r"^norm", "head.norm", name)
+            name = (
+                re.sub(r"^head\.", "head.fc.", name)
+                if name.startswith("head.")
+                else re.sub(r"^norm", "head.norm", name)
+            )
         renamed[name] = value
     return renamed
 

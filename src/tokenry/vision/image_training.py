@@ -173,6 +173,7 @@ def train_classifier(make: Callable[[], nn.Module], images: Images, training: Tr
         accuracy(model, images.test, images.test_labels, dtype=training.dtype), loss_sum.item() / count, seconds
     )
 
+
 def _decode(source: object, side: int) -> np.ndarray:
     """One image as (side, side, 3) uint8, from a path, encoded bytes, or what a parquet file of images holds."""
     from PIL import Image
@@ -189,7 +190,9 @@ def _read_parquet(path: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
 
     names = parquet.read_schema(path).names
     if not {"image", "label"} <= set(names):
-        raise ValueError(f"{path} has the columns {', '.join(names)}; needed: image (encoded bytes) and label (0, 1, ...)")
+        raise ValueError(
+            f"{path} has the columns {', '.join(names)}; needed: image (encoded bytes) and label (0, 1, ...)"
+        )
     table = parquet.read_table(path, columns=["image", "label"])
     return np.stack([_decode(x.as_py(), side) for x in table["image"]]), np.asarray(table["label"])
 

@@ -13,24 +13,24 @@ adjacent numbers; a mixer of any layout gets a view in its own.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokenry.layers.mlp import ChannelMLP, MLPHead
+from tokenry.layers.mlp import MLPHead
 from tokenry.layers.norms import GroupNorm1
 from tokenry.layers.star_relu import SquaredReLU, StarReLU
-from tokenry.mixers.registry import Layout, MixerFactory, accepted_keywords, layout_of, mixer_factory, takes_keyword
+from tokenry.mixers.registry import MixerFactory, accepted_keywords, mixer_factory, takes_keyword
+from tokenry.vision.metaformer_blocks import Embedding, Head, MetaFormerBlock, Stage
 
-__all__ = ["MetaFormer", "MetaFormerBlock", "image_config", "metaformer"]
+__all__ = ["MetaFormer", "image_config", "metaformer"]
 
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
@@ -67,158 +67,6 @@ def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
             raise ValueError(f"{name} has {len(value)} entries for {stages} stages; give one for all or one per stage")
         return list(value)
     return [value] * stages
-
-
-def residual(x: Tensor, branch: Tensor, shortcut_scale: Tensor | None, branch_scale: Tensor | None) -> Tensor:
-    """``shortcut_scale * x + branch_scale * branch`` on (B, H, W, C), an absent scale being 1."""
-    if branch_scale is None:
-        return x + branch if shortcut_scale is None else torch.addcmul(branch, x, shortcut_scale)
-    return torch.addcmul(x if shortcut_scale is None else x * shortcut_scale, branch, branch_scale)
-
-
-class MetaFormerBlock(nn.Module):
-    """One block on (B, H, W, C) with a token mixer of any layout.
-
-    Args:
-        dim: Channels C.
-        mixer: The token mixer, made.
-        norm: Makes a norm of C channels on (B, H, W, C).
-        act: Makes the activation of the channel MLP.
-        mlp_bias: Whether its linear maps have one.
-        drop: Its dropout rate.
-        drop_path: Rate of stochastic depth.
-        layer_scale: First value of the scale of both branches. None: absent.
-        res_scale: First value of the scale of both shortcuts. None: absent.
-        device: Torch device.
-        dtype: Torch dtype.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: nn.Module,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        act: Callable[[], nn.Module] = nn.GELU,
-        mlp_bias: bool = True,
-        mlp_ratio: float = 4.0,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        res_scale: float | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        where = {"device": device, "dtype": dtype}
-
-        def scale(value: float | None) -> nn.Parameter | None:
-            return None if value is None else nn.Parameter(torch.full((dim,), float(value), **where))
-
-        self.norm1 = norm(dim)
-        self.token_mixer = mixer
-        self.mixer_layout = layout_of(mixer)
-        self.norm2 = norm(dim)
-        self.mlp = ChannelMLP(dim, int(mlp_ratio * dim), act, mlp_bias, drop, **where)
-        for linear in (self.mlp.fc1, self.mlp.fc2):
-            trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.layer_scale1, self.layer_scale2 = scale(layer_scale), scale(layer_scale)
-        self.res_scale1, self.res_scale2 = scale(res_scale), scale(res_scale)
-
-    def mix(self, x: Tensor) -> Tensor:
-        """Call the mixer in its own layout: (B, H, W, C) -> (B, H, W, C)."""
-        if self.mixer_layout == Layout.NCHW:
-            return self.token_mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.mixer_layout == Layout.NLC:
-            return self.token_mixer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-        return self.token_mixer(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = residual(x, self.drop_path(self.mix(self.norm1(x))), self.res_scale1, self.layer_scale1)
-        return residual(x, self.drop_path(self.mlp(self.norm2(x))), self.res_scale2, self.layer_scale2)
-
-
-class Embedding(nn.Module):
-    """Convolution that makes a map of tokens smaller, with a norm before or after it: (B, C, H, W) in and out."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        shape: tuple[int, int, int],
-        before: nn.Module | None = None,
-        after: nn.Module | None = None,
-        init: bool = True,
-        **where: Any,
-    ) -> None:
-        super().__init__()
-        kernel_size, stride, padding = self.shape = shape
-        self.pre_norm, self.post_norm = before, after
-        self.conv = nn.Conv2d(in_chans, dim, kernel_size, stride, padding, **where)
-        if init:
-            trunc_normal_(self.conv.weight, std=0.02)
-            nn.init.zeros_(self.conv.bias)
-
-    def size(self, side: int) -> int:
-        """Side of the map made from one of side ``side``."""
-        kernel_size, stride, padding = self.shape
-        return (side + 2 * padding - kernel_size) // stride + 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pre_norm is not None:
-            x = self.pre_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
-        return x if self.post_norm is None else self.post_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Stage(nn.Module):
-    """A downsampling, an optional position map and blocks: (B, C, H, W) -> (B, C', H', W')."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], pos_embed: nn.Parameter | None) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.pos_embed = pos_embed  # (1, C, H, W)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.pos_embed is not None:
-            if x.shape[-2:] != self.pos_embed.shape[-2:]:
-                raise ValueError(
-                    f"the position map is {tuple(self.pos_embed.shape[-2:])} tokens and the input gives "
-                    f"{tuple(x.shape[-2:])}; make the model with img_size of your images"
-                )
-            x = x + self.pos_embed
-        x = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C); no copy where the memory is channels-last
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class Head(nn.Module):
-    """Pooling, norm and classifier, in either order of the first two."""
-
-    def __init__(self, norm: nn.Module, norm_first: bool, drop: float, fc: nn.Module, global_pool: str = "avg") -> None:
-        super().__init__()
-        self.norm, self.norm_first, self.global_pool = norm, norm_first, global_pool
-        self.drop = nn.Dropout(drop)
-        self.fc = fc
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-        if self.global_pool == "avg":
-            x = self.norm(x).mean((1, 2)) if self.norm_first else self.norm(x.mean((1, 2)))  # (B, C)
-        else:
-            x = self.norm(x).permute(0, 3, 1, 2)
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
 
 
 class MetaFormer(nn.Module):
@@ -315,7 +163,9 @@ class MetaFormer(nn.Module):
         self.min_size = min(32, self.feature_info[-1]["reduction"])
         self.feature_norms = nn.ModuleList(make_norm(dim) for dim in dims) if feature_norms else None
         last = make_norm(dims[-1]) if head_norm == "before_pool" else nn.LayerNorm(dims[-1], eps=norm_eps, **where)
-        self.head = Head(last, head_norm == "before_pool", drop_rate, self._classifier(num_classes, **where), global_pool)
+        self.head = Head(
+            last, head_norm == "before_pool", drop_rate, self._classifier(num_classes, **where), global_pool
+        )
 
     @staticmethod
     def _check_pool(global_pool: str, num_classes: int) -> None:
@@ -466,14 +316,16 @@ def _make_mixer(
         unknown = sorted(set(own) - accepted)
         if unknown:
             name = getattr(factory, "__name__", repr(factory))
-            raise ValueError(f"mixer_kwargs: {name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}")
+            raise ValueError(
+                f"mixer_kwargs: {name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+            )
     if takes_keyword(factory, "num_tokens"):
         given["num_tokens"] = grid[0] * grid[1]
     return factory(dim, **{**given, **own})
 
 
 def image_config(**changes: Any) -> dict[str, Any]:
-    """timm's data configuration of these models: 224 pixels, bicubic, ImageNet's mean and deviation."""
+    """Timm's data configuration of these models: 224 pixels, bicubic, ImageNet's mean and deviation."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -552,12 +404,16 @@ def build_metaformer(variant: str, pretrained: bool, **kwargs: Any) -> MetaForme
     from tokenry.vision.checkpoints import checkpoint_filter_fn
 
     stages = len(kwargs.get("depths", (0, 1, 2, 3)))
-    features = {"feature_cls": "getter", "out_indices": tuple(range(stages)), "norm": kwargs.get("feature_norms", False)}
+    features = {
+        "feature_cls": "getter",
+        "out_indices": tuple(range(stages)),
+        "norm": kwargs.get("feature_norms", False),
+    }
     return build_model_with_cfg(
         MetaFormer,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=OrderedDict(features),
+        feature_cfg=features,
         **kwargs,
     )

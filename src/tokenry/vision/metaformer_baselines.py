@@ -38,10 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {
-        name: image_config(**({"fixed_input_size": True} if name.startswith("rand") else {}))
-        for name in VARIANTS
-    }
+    {name: image_config(**({"fixed_input_size": True} if name.startswith("rand") else {})) for name in VARIANTS}
 )
 
 

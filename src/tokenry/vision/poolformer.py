@@ -60,9 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CROPS = {"poolformer_m36_exact": 0.95, "poolformer_m48_exact": 0.95, "metaformer_pppa_s12_224": 0.95}
 CROPS |= {"metaformer_ppaa_s12_224": 0.95, "metaformer_ppff_s12_224": 0.95}
 
-default_cfgs = generate_default_cfgs(
-    {name: image_config(crop_pct=CROPS.get(name, 0.9)) for name in VARIANTS}
-)
+default_cfgs = generate_default_cfgs({name: image_config(crop_pct=CROPS.get(name, 0.9)) for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> MetaFormer:

@@ -15,7 +15,6 @@ from tokenry.measure.session import Session
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import nn
 
 __all__ = ["Backbones"]
 
@@ -244,7 +243,7 @@ class _Bench:
         self.model = cache(self._model)
         self.images = cache(self._images)
 
-    def _model(self, name: str) -> nn.Module:
+    def _model(self, name: str) -> Any:
         import torch
 
         timm = _registered()

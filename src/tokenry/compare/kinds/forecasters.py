@@ -263,6 +263,8 @@ class Forecasters(Comparison):
         optimizer = torch.optim.Adam(parameters, lr=1e-4) if parameters else None
 
         def train() -> None:
+            if optimizer is None:
+                return
             model.train()
             optimizer.zero_grad(set_to_none=True)
             model(**inputs, future_values=target).loss.backward()

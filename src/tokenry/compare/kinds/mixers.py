@@ -158,7 +158,9 @@ class Mixers(Comparison):
         ]
         noise = 100 * (0.25 / facts["test"]) ** 0.5
         if seeds == 1:
-            notes.append(f"One seed: differences under about {2 * noise:.0f} points are within the noise of the test images.")
+            notes.append(
+                f"One seed: differences under about {2 * noise:.0f} points are within the noise of the test images."
+            )
         worse = [f"{n} ({r['gain']:+.1f})" for n, r in rows.items() if n != self.baseline and r["gain"] <= 0]
         if worse:
             notes.append(f"No better here than not mixing at all: {', '.join(worse)}.")

@@ -138,7 +138,7 @@ class Tokenizers(Comparison):
         from tokenry.tokenization import MixtureInference, TokenEfficiency, classify_tokens, draw_shares, fit_ranks
 
         known = self._known(options, texts, index)
-        inference = MixtureInference.from_tokenizer(known.tokenizer)
+        inference = MixtureInference.from_tokenizer(known.tokenizer, unseen="keep")
         samples = _quietly(lambda: inference.count(known.samples))
         names = list(known.shares)
         random = draw_shares(len(names), np.random.default_rng([options.seed, index, 1])).tolist()
@@ -161,7 +161,7 @@ class Tokenizers(Comparison):
         from tokenry.tokenization import MixtureInference, TokenEfficiency, classify_tokens, fit_ranks
 
         known = self._known(options, texts, 0)
-        inference = MixtureInference.from_tokenizer(known.tokenizer)
+        inference = MixtureInference.from_tokenizer(known.tokenizer, unseen="keep")
         data = known.samples
         ways = {
             TC: lambda: classify_tokens(inference.count(data)),
@@ -208,7 +208,7 @@ class Tokenizers(Comparison):
             seconds, errors = [], []
             for index in range(2):
                 known = self._known(options, texts, index, merges)
-                inference = MixtureInference.from_tokenizer(known.tokenizer)
+                inference = MixtureInference.from_tokenizer(known.tokenizer, unseen="keep")
                 samples = _quietly(lambda inference=inference, known=known: inference.count(known.samples))
                 found["merges"] = samples.counts.steps
                 way = (
@@ -239,9 +239,9 @@ class Tokenizers(Comparison):
         merges = min(self.setting(options, "merges"), len(listed.merges))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found = MixtureInference.from_tokenizer(listed, max_merges=merges).fit(texts)
+            found = MixtureInference.from_tokenizer(listed, max_merges=merges, unseen="keep").fit(texts)
         short = {name: _head(given, TREAT_BYTES) for name, given in texts.items()}
-        whole = _quietly(lambda: MixtureInference.from_tokenizer(listed).count(short))
+        whole = _quietly(lambda: MixtureInference.from_tokenizer(listed, unseen="keep").count(short))
         tokens = np.asarray(whole.counts.token_counts.sum(axis=1)).ravel()
         treat = dict(zip(whole.categories, (whole.bytes / tokens).tolist(), strict=True))
         chars = dict(zip(whole.categories, (whole.chars / tokens).tolist(), strict=True))

@@ -195,13 +195,13 @@ def _gradients(
     if WANT_B:
         tl.atomic_add(DB + cols, tl.sum(s, 0), mask=v_ok)
     s = s.to(E.dtype.element_ty)
-    if WANT_E:
+    if WANT_E:  # noqa: SIM102 (one is known when compiling, the other is not)
         if keep_e:
             _add_product(
                 s, C, cols * stride_cv, v_ok, stride_cd, DE, rows * stride_den, n_ok, stride_ded,
                 LocksE + block_n * locks_d, D, D_BACK, PRECISION,
             )  # fmt: skip
-    if WANT_C:
+    if WANT_C:  # noqa: SIM102
         if keep_c:
             _add_product(
                 tl.trans(s), E, rows * stride_en, n_ok, stride_ed, DC, cols * stride_dcv, v_ok, stride_dcd,
