@@ -26,7 +26,7 @@ report: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --summarize-errors
+	$(BIN)/pyrefly check --python-interpreter-path $(RUN) --summarize-errors
 	$(BIN)/lint-imports
 
 # Two workers of one thread each; lint first, because it is quick.

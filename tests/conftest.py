@@ -41,17 +41,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        import torch
+    """Tests run side by side, one thread each: tiny tensors only lose by more."""
+    import torch
 
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory from ``torch.empty`` holds NaN, so that a read of what was never written shows."""
     import torch
+    from torch.utils import _device
 
+    _device._device_constructors()  # remembers the real functions, which torch.device("meta") intercepts by identity
     real_empty, real_empty_like, real_new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:

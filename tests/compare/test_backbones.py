@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tokenry.compare import compare
-from tokenry.compare.comparison import Options
+from tokenry.compare.kind import Options
 from tokenry.compare.kinds import backbones
 from tokenry.compare.run import comparison
 

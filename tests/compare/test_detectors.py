@@ -6,7 +6,7 @@ import pytest
 
 from tokenry.assets import held_out_texts
 from tokenry.compare import compare
-from tokenry.compare.comparison import Options
+from tokenry.compare.kind import Options
 from tokenry.compare.kinds import detectors
 from tokenry.compare.run import comparison
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokenry.compare import compare
-from tokenry.compare.comparison import Options
+from tokenry.compare.kind import Options
 from tokenry.compare.kinds.losses import Losses
 
 TINY = {"tokens": 48, "vocab": 300, "dim": 16, "vocab_sweep": "100,200,400"}

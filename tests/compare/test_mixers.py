@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenry.compare import compare
-from tokenry.compare.comparison import Options
+from tokenry.compare.kind import Options
 from tokenry.compare.kinds import mixers
 from tokenry.compare.run import comparison
 from tokenry.vision.image_training import read_labelled_images

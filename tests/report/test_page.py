@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tokenry.compare.comparison import Column, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Options, Outcome, Plot, Sweep
 from tokenry.compare.run import Result
 from tokenry.evidence import Record
 from tokenry.measure import describe_machine

@@ -8,7 +8,7 @@ import json
 import lzma
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["MODELS", "cifar10_sample", "etth1", "external", "held_out_texts", "language_samples", "load_model", "model_path", "prompts"]
+__all__ = [
+    "MODELS",
+    "cifar10_sample",
+    "etth1",
+    "external",
+    "held_out_texts",
+    "language_samples",
+    "load_model",
+    "model_path",
+    "prompts",
+]
 
 HERE = Path(__file__).parent
 MODELS = ("small", "draft")
@@ -41,7 +51,7 @@ def model_path(name: str = "small") -> Path:
 
 
 def load_model(
-    name: str | Path = "small", *, dtype: str | torch.dtype = "float32", device: str = "cpu", **kwargs: object
+    name: str | Path = "small", *, dtype: str | torch.dtype = "float32", device: str = "cpu", **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A causal language model and its tokenizer, ready for inference.
 
@@ -57,17 +67,24 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     where = str(model_path(str(name))) if name in MODELS else str(name)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    bars = logging.is_progress_bar_enabled()
+    if name in MODELS:  # these load in a blink: no bar
+        logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **kwargs)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load a causal language model from {where!r}: {error}. Give a folder written by "
             f"save_pretrained, a hub id, or one of the embedded models {', '.join(MODELS)}"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer

@@ -1,8 +1,8 @@
-from .card import Card as Card
-from .card import CardClaim as CardClaim
-from .card import Reference as Reference
-from .card import card as card
-from .card import cards as cards
-from .create import create as create
-from .search import Hit as Hit
-from .search import search as search
+from .entries import Card as Card
+from .entries import CardClaim as CardClaim
+from .entries import Reference as Reference
+from .entries import card as card
+from .entries import cards as cards
+from .making import create as create
+from .ranking import Hit as Hit
+from .ranking import search as search

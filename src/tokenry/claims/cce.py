@@ -102,19 +102,19 @@ def _train(seed: int, device: str, steps: int, settings: dict[str, Any] | None) 
 
     ids, vocab = _large_vocabulary()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )  # fmt: skip
-    ).to(device)
+    config = LlamaConfig(
+        vocab_size=32_768,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     tokens = torch.tensor(ids, device=device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -175,14 +175,13 @@ def few_probabilities(context: Context) -> Measurement:
 
         model, tokenizer = load_model("small", device=context.device)
         texts = [*held_out_texts("english")[:6], *held_out_texts("code")[:6]]
-        counts, by_rank, tokens, vocab = 0, None, 0, 1
+        counts, by_rank, tokens, vocab = 0, torch.zeros(model.config.vocab_size, device=context.device), 0, 1
         for text in texts:
             ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids.to(context.device)
             with torch.no_grad():
                 p = model(ids).logits[0].float().softmax(-1)  # (T, V)
             counts += (p >= EPS).sum().item()
-            ranked = p.sort(-1, descending=True).values.sum(0)
-            by_rank = ranked if by_rank is None else by_rank + ranked
+            by_rank += p.sort(-1, descending=True).values.sum(0)
             tokens, vocab = tokens + len(p), p.shape[1]
         mean = by_rank / tokens
         return {
@@ -273,14 +272,14 @@ def gemma_costs(
         "compiled": torch.compile(dense),
     }
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
         liger = LigerFusedLinearCrossEntropyLoss(softcap=softcap)
         losses["liger"] = lambda e, c: liger(c, e, y[: len(e)])
     except ImportError:
         pass
     try:
-        from cut_cross_entropy import linear_cross_entropy as authors
+        from cut_cross_entropy import linear_cross_entropy as authors  # type: ignore[import-not-found]
 
         losses["authors"] = lambda e, c: authors(e, c, y[: len(e)], softcap=softcap)
     except ImportError:
@@ -288,8 +287,7 @@ def gemma_costs(
 
     few = slice(0, 512)
     exact_e = e0[few].float().requires_grad_()
-    dense(exact_e, c0.float()).backward()
-    truth = exact_e.grad.flatten()
+    truth = torch.autograd.grad(dense(exact_e, c0.float()), exact_e)[0].flatten()
     found: dict[str, dict[str, float]] = {}
     for name in methods or list(losses):
         if name not in losses:
@@ -304,8 +302,8 @@ def gemma_costs(
 
         try:
             small = e0[few].detach().requires_grad_()
-            losses[name](small, c0).backward()
-            cosine = F.cosine_similarity(small.grad.float().flatten(), truth, dim=0).item()
+            (gradient,) = torch.autograd.grad(losses[name](small, c0), small)
+            cosine = F.cosine_similarity(gradient.float().flatten(), truth, dim=0).item()
             both()
             times = interleave({"loss": forward, "both": both}, repeats=repeats, warmup=3, device=device)
             found[name] = {

@@ -144,7 +144,8 @@ def memory(context: Context) -> Measurement:
 
         model, tokenizer = load_model("small", device=context.device)
         config = model.config
-        ids = tokenizer(" ".join(held_out_texts("english")[:4]), return_tensors="pt")["input_ids"].to(context.device)
+        text = " ".join(held_out_texts("english")[:4])
+        ids = tokenizer(text, truncation=True, max_length=1024, return_tensors="pt")["input_ids"].to(context.device)
         promised = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * config.head_dim * 4
         found = {}
         for length in (256, 512, 1024):

@@ -21,7 +21,7 @@ SKELETON: dict[str, Any] = {
 }  # fmt: skip
 
 # Pooling needs maps that are large beside its window: 16x16 and 8x8 tokens.
-FINE = {**SKELETON, "stem": (2, 2, 0)}
+FINE: dict[str, Any] = {**SKELETON, "stem": (2, 2, 0)}
 
 
 def _images(context: Context) -> tuple[Images, int, str]:
@@ -93,27 +93,26 @@ def pooling_beats_nothing(context: Context) -> Measurement:
     )
 
 
-def _without_residual(net: nn.Module) -> nn.Module:
+def _without_residual(net: Any) -> nn.Module:
     """The blocks' branches alone, in a row."""
 
-    def forward(block: nn.Module, x: Tensor) -> Tensor:
-        x = block.mix(block.norm1(x))  # type: ignore[operator]
-        return block.mlp(block.norm2(x))  # type: ignore[operator]
+    def forward(block: Any, x: Tensor) -> Tensor:
+        return block.mlp(block.norm2(block.mix(block.norm1(x))))
 
-    for stage in net.stages:  # type: ignore[union-attr]
+    for stage in net.stages:
         for block in stage.blocks:
             block.forward = forward.__get__(block)
     return net
 
 
-def _without_mlp(net: nn.Module) -> nn.Module:
+def _without_mlp(net: Any) -> nn.Module:
     """The mixer's branch alone."""
     from tokenry.vision.metaformer_blocks import residual
 
     def forward(block: Any, x: Tensor) -> Tensor:
         return residual(x, block.mix(block.norm1(x)), block.res_scale1, block.layer_scale1)
 
-    for stage in net.stages:  # type: ignore[union-attr]
+    for stage in net.stages:
         for block in stage.blocks:
             block.norm2, block.mlp, block.res_scale2 = None, None, None
             block.forward = forward.__get__(block)
@@ -127,7 +126,7 @@ def skeleton_matters(context: Context) -> Measurement:
     from tokenry.vision.image_training import Training, train_classifier
 
     images, epochs, count = _images(context)
-    deep = {**SKELETON, "depths": (4, 8)}
+    deep: dict[str, Any] = {**SKELETON, "depths": (4, 8)}
     makers = {
         "whole": lambda: metaformer("pool", **deep),
         "without residual": lambda: _without_residual(metaformer("pool", **deep)),

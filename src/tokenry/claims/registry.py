@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenry.assets.embedded import external
-from tokenry.catalog.card import Card, CardClaim, card
+from tokenry.catalog.entries import Card, CardClaim, card
 from tokenry.evidence.records import Record
 from tokenry.measure.machine import describe_machine
 from tokenry.measure.session import Session

@@ -1,9 +1,9 @@
-from .comparison import Column as Column
-from .comparison import Comparison as Comparison
-from .comparison import Options as Options
-from .comparison import Outcome as Outcome
-from .comparison import Plot as Plot
-from .comparison import Sweep as Sweep
+from .kind import Column as Column
+from .kind import Comparison as Comparison
+from .kind import Options as Options
+from .kind import Outcome as Outcome
+from .kind import Plot as Plot
+from .kind import Sweep as Sweep
 from .run import KINDS as KINDS
 from .run import Result as Result
 from .run import comparison as comparison

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot
 from tokenry.measure.machine import Machine, describe_machine, package_versions
 from tokenry.measure.session import Session
 

@@ -7,6 +7,8 @@ once (``tokenry.kernels.kv_compaction``). The user's cache object stays the same
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -65,7 +67,7 @@ class DraftCache:
         self.length = cache.get_seq_length()
         self._slabs: list[Tensor] = []
         self._members: list[list[tuple[_SlabLayer, int]]] = []  # per slab: (layer, 0 keys / 1 values) of each slice
-        self._plain: list[DynamicLayer] = []
+        self._plain: list[Any] = []  # the library's layers
         self._owned: list[_SlabLayer | None] = []
 
     @property
@@ -94,7 +96,7 @@ class DraftCache:
 
     def adopt(self, capacity: int) -> None:
         """Move the plain layers, filled by the first pass, into slabs with room for ``capacity`` positions."""
-        self._plain = list(self.cache.layers)  # type: ignore[arg-type]
+        self._plain = list(self.cache.layers)
         groups: dict[tuple, list[int]] = {}
         for index, layer in enumerate(self._plain):
             if not layer.is_initialized:  # a layer that shares another's keys and values

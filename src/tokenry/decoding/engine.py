@@ -91,7 +91,7 @@ class DecodingState:
     budget: int
     cache: DraftCache
     do_sample: bool
-    logits_processor: LogitsProcessorList
+    logits_processor: Any  # a LogitsProcessorList
     generation_config: GenerationConfig
     start: Tensor | None  # (B,) left padding of each row; None: no row has any
     position: Tensor  # (B, 1) position of the root
@@ -265,13 +265,10 @@ def decode(
     state.stats.seconds = time.perf_counter() - began
     if not config.return_dict_in_generate:
         return sequences
-    return DecodingOutput(
-        sequences=sequences,
-        scores=keep.stacked("scores", sequences.shape[1] - state.prompt_length),
-        logits=keep.stacked("logits", sequences.shape[1] - state.prompt_length),
-        past_key_values=state.cache.cache,
-        decoding_stats=state.stats,
-    )
+    steps = sequences.shape[1] - state.prompt_length
+    fields: dict[str, Any] = {"sequences": sequences, "past_key_values": state.cache.cache}
+    fields |= {name: keep.stacked(name, steps) for name in ("scores", "logits")}
+    return DecodingOutput(**fields, decoding_stats=state.stats)
 
 
 def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
@@ -374,7 +371,7 @@ class _Runner:
         mask: ``(B, N)`` padding mask of the prompt, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, state: DecodingState, mask: Tensor | None) -> None:
+    def __init__(self, model: Any, state: DecodingState, mask: Tensor | None) -> None:
         self.model, self.state, self.mask = model, state, mask
         self.dtype = model.dtype
         self.keeps_logits = model._supports_logits_to_keep()

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -220,7 +220,8 @@ class TokenRecycling(DraftStrategy):
                 )
             self.tree = DraftTree.from_paths(sorted(by_use(useful)[:tree], key=lambda path: (len(path), path)))
         else:
-            self.tree = tree if isinstance(tree, DraftTree) else DraftTree.from_paths(sorted(tree, key=len))
+            paths: Any = tree
+            self.tree = paths if isinstance(paths, DraftTree) else DraftTree.from_paths(sorted(paths, key=len))
         for path in self.tree.paths:
             if max(path) >= self.k:
                 raise ValueError(

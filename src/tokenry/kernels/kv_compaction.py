@@ -21,6 +21,7 @@ def compact_path(slab: Tensor, start: int, path: Tensor) -> None:
         path: ``(A,)`` increasing node indices.
 
     Example:
+        >>> import torch
         >>> slab = torch.arange(6.0).view(1, 1, 1, 6, 1)
         >>> compact_path(slab, 2, torch.tensor([0, 2]))
         >>> slab.flatten().tolist()
@@ -38,6 +39,7 @@ def compact_rows(slab: Tensor, source: Tensor, target: Tensor) -> None:
         target: ``(B, A)`` positions to write, distinct within a row.
 
     Example:
+        >>> import torch
         >>> slab = torch.arange(8.0).view(1, 2, 1, 4, 1)
         >>> compact_rows(slab, torch.tensor([[3], [2]]), torch.tensor([[0], [1]]))
         >>> slab.flatten().tolist()

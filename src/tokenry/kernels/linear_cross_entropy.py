@@ -266,7 +266,7 @@ class Chunked:
                 hit = ((at >= 0) & (at < len(cv))).to(wide)
                 at = at.clamp(0, len(cv) - 1)
                 s.scatter_add_(1, at, -hit)
-                skip = (filter_e or filter_c) and bool(s.abs().amax() < plan.filter_eps)
+                skip = (filter_e or filter_c) and bool(s.abs().amax() < (plan.filter_eps or 0.0))
                 if skip and filter_e and filter_c:
                     continue
                 s.mul_(weight[ns])

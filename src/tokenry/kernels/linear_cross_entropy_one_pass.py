@@ -40,7 +40,7 @@ def _loss_and_gradients(
     targets: Tensor,
     rows: Tensor | None,
     weight: float,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
     picked = e if rows is None else e[rows]  # (N, D)
     n, v = len(picked), len(c)

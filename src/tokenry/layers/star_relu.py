@@ -39,11 +39,16 @@ class _StarReLU(torch.autograd.Function):
         return _in_place(x, scale, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grads
         x, scale = ctx.saved_tensors
         positive = x.relu()
         slope = positive * grad  # half of d(relu^2) * grad
-        grad_scale = torch.dot(slope.flatten(), positive.flatten()).reshape(1) if ctx.needs_input_grad[1] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            exact = slope.dtype in (torch.float32, torch.float64)  # shorter numbers want a longer sum
+            summed = torch.dot(slope.flatten(), positive.flatten()) if exact else (slope * positive).sum()
+            grad_scale = summed.reshape(1)
         grad_bias = grad.sum().reshape(1) if ctx.needs_input_grad[2] else None
         grad_x = slope * (2 * scale) if torch.is_grad_enabled() else slope.mul_(2 * scale)
         return grad_x, grad_scale, grad_bias

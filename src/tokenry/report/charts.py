@@ -12,7 +12,7 @@ from tokenry.report.numbers import readable
 __all__ = ["bars", "lines", "scatter", "stacked"]
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 16, 52
+LEFT, RIGHT, TOP, BOTTOM = 82, 24, 16, 52
 COLOURS = 10
 
 

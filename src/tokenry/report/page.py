@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 import tokenry
-from tokenry.catalog.card import Card, cards
+from tokenry.catalog.entries import Card, cards
 from tokenry.compare.run import Result
 from tokenry.evidence.records import CHECKS, Record, all_records
 from tokenry.report import charts
@@ -197,17 +197,22 @@ def _comparison(result: Result) -> dict[str, Any]:
 
 
 def _headline(result: Result) -> str:
-    """The first column with a direction, in one sentence: who is best, and where the baseline stands."""
+    """The first column with a direction, in one sentence: the best method beside the baseline, and the baseline."""
+    rows = {row["method"]: row for row in result.outcome.rows}
     for column in result.columns:
-        top = best(result, column.key)
-        if top is None:
+        values = {
+            name: row[column.key]
+            for name, row in rows.items()
+            if isinstance(row.get(column.key), (int, float)) and not isinstance(row[column.key], bool)
+        }
+        others = {name: value for name, value in values.items() if name != result.baseline}
+        if column.better is None or len(set(values.values())) < 2 or not others:
             continue
-        winner = next(row for row in result.outcome.rows if row.get(column.key) == top)
-        base = next((row for row in result.outcome.rows if row["method"] == result.baseline), None)
-        what = f"{column.title}{f' ({column.unit})' if column.unit else ''}"
-        sentence = f"Best {what}: {winner['method']} with {readable(top, column.digits)}"
-        if base is not None and base is not winner and base.get(column.key) is not None:
-            sentence += f"; {result.baseline} has {readable(base[column.key], column.digits)}"
+        name = (max if column.better == "higher" else min)(others, key=others.__getitem__)
+        what = f"{column.title[0].upper()}{column.title[1:]}{f' ({column.unit})' if column.unit else ''}"
+        sentence = f"{what}, {column.better} is better: {name} {readable(others[name], column.digits)}"
+        if result.baseline in values:
+            sentence += f", {result.baseline} {readable(values[result.baseline], column.digits)}"
         return sentence + "."
     return ""
 

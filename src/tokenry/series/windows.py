@@ -258,7 +258,8 @@ def step_of(dates: pd.DatetimeIndex) -> pd.DateOffset:
         inferred = _inferred(dates)
         if inferred is not None:
             return to_offset(inferred)
-    return to_offset(pd.Timedelta(steps[-1]).to_pytimedelta())
+    interval: Any = pd.Timedelta(steps[-1])
+    return to_offset(interval)
 
 
 def _inferred(dates: pd.DatetimeIndex) -> Any:

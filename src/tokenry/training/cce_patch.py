@@ -60,8 +60,8 @@ class PatchedModel:
             self.model.forward = self._own  # type: ignore[method-assign]
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
-        shifted = kwargs.get("shift_labels")
+        labels: Any = kwargs.get("labels")
+        shifted: Any = kwargs.get("shift_labels")
         if (labels is None and shifted is None) or (self._train_only and not self.model.training):
             return self._original(*args, **kwargs)
         as_dict = kwargs.pop("return_dict", None)
@@ -70,6 +70,7 @@ class PatchedModel:
         kwargs.update(labels=None, return_dict=True)
         kwargs.pop("shift_labels", None)
         hidden, output = self._without_head(args, kwargs)
+        factor = 1.0 if self._factor is None else self._factor
         kept = kwargs.get("logits_to_keep", 0)
         if shifted is None and _keeps_all(kept):
             wanted, shift = labels, 1
@@ -77,11 +78,11 @@ class PatchedModel:
             wanted, shift = F.pad(labels, (0, 1), value=ignore)[..., 1:] if shifted is None else shifted, 0
             if not _keeps_all(kept):
                 wanted = wanted[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        loss = linear_cross_entropy(
-            hidden if self._factor == 1.0 else hidden * self._factor,
+        loss: Any = linear_cross_entropy(
+            hidden if factor == 1.0 else hidden * factor,
             self._head.weight,
             wanted.to(hidden.device),
-            None if self._head.bias is None else self._head.bias * self._factor,
+            None if self._head.bias is None else self._head.bias * factor,
             ignore_index=ignore,
             softcap=self._softcap,
             reduction="mean" if items is None else "sum",

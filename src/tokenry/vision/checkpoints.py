@@ -100,8 +100,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    found: Any
     if isinstance(source, Mapping):
-        found: Any = source
+        found = source
     else:
         path = Path(source)
         if not path.is_file():

@@ -121,16 +121,17 @@ class MetaFormer(nn.Module):
             res_scale = [None] * max(0, stages - 2) + [1.0] * min(2, stages)
         res_scales = _per_stage("res_scale", res_scale, stages)
         make_norm = partial(_norm, norm, eps=norm_eps, bias=norm_bias, **where)
-        embedding_norm = partial(nn.LayerNorm, eps=norm_eps, bias=norm_bias, **where) if embed_norm else None
+
+        def embedding_norm(dim: int) -> nn.Module | None:
+            return nn.LayerNorm(dim, eps=norm_eps, bias=norm_bias, **where) if embed_norm else None
+
         rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
 
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = []
         self._head_kind = (head, head_norm, drop_rate)
-        self.stem = Embedding(
-            in_chans, dims[0], stem, after=embedding_norm and embedding_norm(dims[0]), init=embed_init, **where
-        )
+        self.stem = Embedding(in_chans, dims[0], stem, after=embedding_norm(dims[0]), init=embed_init, **where)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.img_size = (height, width)
         height, width = self.stem.size(height), self.stem.size(width)
@@ -138,7 +139,7 @@ class MetaFormer(nn.Module):
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             downsample: nn.Module = nn.Identity()
             if i > 0:
-                before = embedding_norm and embedding_norm(dims[i - 1])
+                before = embedding_norm(dims[i - 1])
                 downsample = Embedding(dims[i - 1], dim, (3, 2, 1), before=before, init=embed_init, **where)
                 height, width = downsample.size(height), downsample.size(width)
             if min(height, width) < 1:
@@ -212,7 +213,8 @@ class MetaFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -273,7 +275,9 @@ class MetaFormer(nn.Module):
         self._check_size(x)
         wanted, last = feature_take_indices(len(self.stages), indices)
         x, found = self.stem(x), []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > last:
+                break
             x = stage(x)
             if i in wanted:
                 y = x
@@ -288,7 +292,7 @@ class MetaFormer(nn.Module):
         """Drop the stages and the head that the wanted maps do not need, as in timm."""
         wanted, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: last + 1])
         self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm:
             self.feature_norms = None

@@ -112,7 +112,8 @@ class Embedding(nn.Module):
         self.conv = nn.Conv2d(in_chans, dim, kernel_size, stride, padding, **where)
         if init:
             trunc_normal_(self.conv.weight, std=0.02)
-            nn.init.zeros_(self.conv.bias)
+            if self.conv.bias is not None:
+                nn.init.zeros_(self.conv.bias)
 
     def size(self, side: int) -> int:
         """Side of the map made from one of side ``side``."""

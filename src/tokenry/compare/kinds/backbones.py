@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tokenry.catalog.card import cards
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.catalog.entries import cards
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 
 if TYPE_CHECKING:

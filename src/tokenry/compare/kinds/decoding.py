@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenry.assets import load_model, model_path, prompts
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave, peak_extra_memory
 
@@ -173,7 +173,8 @@ class Decoding(Comparison):
         from tokenry.decoding import TokenRecycling
 
         torch.manual_seed(options.seed)
-        model, tokenizer = load_model(options.model or "small", dtype=options.dtype, device=options.device)
+        loaded: Any = load_model(options.model or "small", dtype=options.dtype, device=options.device)
+        model, tokenizer = loaded
         tokenizer.padding_side = "left"
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         room = (limit - new) if limit else None
@@ -186,7 +187,7 @@ class Decoding(Comparison):
         size = self.setting(options, "batch_size")
         batches = [encode(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         assistant = load_model("draft", dtype=options.dtype, device=options.device)[0] if ASSISTED in names else None
-        strategies = {ZERO: TokenRecycling(tree=0), COLD: TokenRecycling(tree=None)}
+        strategies: dict[str, Any] = {ZERO: TokenRecycling(tree=0), COLD: TokenRecycling(tree=None)}
         strategies |= {HOT: TokenRecycling(tree=None), AUTO: TokenRecycling()}
         strategies = {n: s for n, s in strategies.items() if n in names}
         tables = {}

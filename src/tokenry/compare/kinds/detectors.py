@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenry.assets import held_out_texts, load_model
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave
 

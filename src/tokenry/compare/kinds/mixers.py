@@ -6,8 +6,8 @@ import statistics
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tokenry.catalog.card import cards
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.catalog.entries import cards
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Mixers"]
 
 # What a shorter demonstration changes, unless the user says otherwise.
-DEMO: dict[str, Any] = {
-    "seeds": 1, "epochs": 2, "train_images": 800, "dims": [16, 32], "depths": [1, 2], "sides": [32, 64, 128],
-}  # fmt: skip
+DEMO: dict[str, Any] = {"seeds": 1, "epochs": 4, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
 PATCH = 4  # pixels per token side in the first stage
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
-from tokenry.compare.comparison import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave
 

@@ -12,6 +12,7 @@ They run on CUDA devices of compute capability 8.0 and up, and on a CPU in Trito
 ``TRITON_INTERPRET=1`` before this module is imported). tanh and log1p are written out: the interpreter has no libdevice.
 """
 
+# pyrefly: ignore-errors
 from __future__ import annotations
 
 import math
@@ -219,7 +220,8 @@ class Tiles:
 def _forward_tiles(e: Tensor) -> Tiles:
     if e.element_size() == 4:
         return Tiles(128, 128, 32, 8, 3)
-    if e.is_cuda and torch.cuda.get_device_properties(e.device).shared_memory_per_block_optin > 160 << 10:
+    facts = torch.cuda.get_device_properties(e.device) if e.is_cuda else None
+    if getattr(facts, "shared_memory_per_block_optin", 0) > 160 << 10:
         return Tiles(128, 256, 64, 8, 3)  # 3 stages of (128 + 256) x 64 halves: 144 KiB of shared memory
     return Tiles(128, 256, 32, 8, 3)
 

@@ -10,7 +10,7 @@ import bm25s
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from tokenry.catalog.card import Card, cards
+from tokenry.catalog.entries import Card, cards
 
 __all__ = ["Hit", "search"]
 
@@ -69,7 +69,7 @@ def _repair(word: str, vocabulary: list[str]) -> list[str]:
     """The word if the cards know it, else the known words nearest to it."""
     if word in vocabulary:
         return [word]
-    near = process.extract(word, vocabulary, scorer=fuzz.ratio, limit=2, score_cutoff=72)
+    near = process.extract(word, vocabulary, scorer=fuzz.ratio, limit=2, score_cutoff=72)  # pyrefly: ignore[no-matching-overload]  the stubs know no list of words
     return [found for found, _, _ in near]
 
 

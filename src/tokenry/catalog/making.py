@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from tokenry.catalog.card import card, cards
+from tokenry.catalog.entries import card, cards
 
 __all__ = ["create", "load"]
 
