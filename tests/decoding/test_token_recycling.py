@@ -171,7 +171,7 @@ def test_simulated_passes_equal_a_slow_simulation(ranks):
         for won in wins:
             weight = weight * 0.94 + 1
             mean += (won - mean) / weight
-        assert sizes.wins[size] == pytest.approx(mean if wins else 1.0)
+        assert sizes.wins[0][size] == pytest.approx(mean if wins else 1.0)
 
 
 @pytest.mark.parametrize(("right", "cost", "expected"), [(1.0, 1.1, 6), (0.0, 1.1, 0), (1.0, 9.0, 0)])
@@ -179,6 +179,15 @@ def test_chooses_by_what_a_tree_wins_and_costs(right, cost, expected):
     sizes = TreeSizes(by_use([[0] * d for d in range(1, 7)]), PassLatency((1, 2, 7), (1.0, cost, cost)), (0, 1, 6))
     sizes.learn(0, [0 if right else -1] * 60)
     assert sizes.nodes[sizes.choose()] == expected
+
+
+def test_in_a_batch_the_slowest_row_decides():
+    sizes = TreeSizes([[0]], PassLatency((1, 2), (1.0, 1.1)), (0, 1))
+    sizes.begin(2)
+    sizes.learn(0, [0] * 40)
+    sizes.learn(1, [-1] * 40)
+    assert sizes.choose([False, False]) == 0
+    assert sizes.choose([False, True]) == 1
 
 
 def test_a_busy_moment_does_not_look_like_an_expensive_tree():

@@ -194,7 +194,9 @@ def filter_helps(context: Context) -> Measurement:
         for use_filter in (False, True):
 
             def run(seed: int = seed, use_filter: bool = use_filter) -> dict[str, float]:
-                return train_classifier(lambda: _network(use_filter), images, Training(epochs=EPOCHS, batch=64), seed).as_dict()
+                return train_classifier(
+                    lambda: _network(use_filter), images, Training(epochs=EPOCHS, batch=64), seed
+                ).as_dict()
 
             result = context.session.step(f"{'with' if use_filter else 'without'}/seed{seed}", run)
             accuracies[use_filter].append(result["accuracy"])

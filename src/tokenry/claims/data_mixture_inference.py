@@ -122,6 +122,15 @@ def known_mixtures(context: Context) -> Measurement:
             f"and 2 orders below all three); least squares on the ranks, which costs next to nothing: {mean['NNLS']:.2f}"
         ),
         details={"errors": errors, "mean": mean, "runs": runs},
+        charts=(
+            {
+                "type": "bars",
+                "title": "Mean log10 MSE of the shares (further left is better)",
+                "values": mean,
+                "baseline": "uniform",
+                "caption": f"{MIXTURES} tokenizers trained on known mixtures of {CATEGORIES} categories.",
+            },
+        ),
     )
 
 
@@ -154,6 +163,16 @@ def sample_size(context: Context) -> Measurement:
         spread=round(stdev(errors[sizes[-1]]), 3),
         sentence=f"mean log10 MSE by sample per category: {course} (the largest sample must beat the smallest)",
         details={"points": [[size, means[size]] for size in sizes], "errors": {str(k): v for k, v in errors.items()}},
+        charts=(
+            {
+                "type": "lines",
+                "title": "Error over the size of the sample",
+                "series": {"mixture inference": [[size, means[size]] for size in sizes]},
+                "x_title": "bytes of sample text per category",
+                "y_title": "mean log10 MSE",
+                "log_y": False,
+            },
+        ),
     )
 
 
@@ -301,6 +320,21 @@ def released_tokenizers(context: Context) -> Measurement:
             "in the order gpt2, o200k, cl100k and Claude, StarCoder; the rest in the order given)"
         ),
         details={"tokenizers": found, "expected_code": EXPECTED_CODE},
+        charts=(
+            {
+                "type": "stacked",
+                "title": "What released tokenizers were trained on",
+                "groups": {
+                    name: {
+                        "English": shares["english"],
+                        "other languages": shares["not_english"],
+                        "code": shares["code"],
+                    }
+                    for name, shares in found.items()
+                },
+                "caption": f"Inferred from their first {RELEASED_MERGES} merges and small samples of 17 categories.",
+            },
+        ),
     )
 
 

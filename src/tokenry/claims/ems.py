@@ -96,6 +96,16 @@ def divergence(context: Context) -> Measurement:
             "with their 95 % intervals above 0; the rest, and the larger budgets in the details, are reported)"
         ),
         details=details,
+        charts=tuple(
+            {
+                "type": "bars",
+                "title": f"KL from the full cache, {budget} of {CONTEXT} entries (nats)",
+                "values": {name: figures["divergence"] for name, figures in methods.items()},
+                "baseline": "EMS",
+                "caption": "Shorter is better.",
+            }
+            for budget, methods in details["budgets"].items()
+        ),
     )
 
 

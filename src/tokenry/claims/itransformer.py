@@ -80,6 +80,12 @@ def rounded(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def errors_chart(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Bars of the test error, for the method's page."""
+    values = {name: round(r["mse"][0], 4) for name, r in results.items()}
+    return {"type": "bars", "title": "Test MSE (shorter is better)", "values": values, "baseline": "itransformer"}
+
+
 def series(context: Context, name: str) -> pd.DataFrame:
     """A table of the larger data sets, its target last."""
     from tokenry.series import order_columns, read_frame
@@ -118,6 +124,7 @@ def etth1_table(context: Context) -> Measurement:
             f"{results['rlinear']['mse'][0]:.3f}, PatchTST after two epochs {results['patchtst']['mse'][0]:.3f}"
         ),
         details=rounded(results),
+        charts=(errors_chart(results),),
     )
 
 
@@ -176,6 +183,7 @@ def series_as_tokens(context: Context) -> Measurement:
             f"{error['time-tokens, scaled windows']:.3f}; with flow attention {error['iflowformer']:.3f}"
         ),
         details=rounded(results),
+        charts=(errors_chart(results),),
     )
 
 
@@ -197,6 +205,7 @@ def exchange(context: Context) -> Measurement:
             f"{results['rlinear']['mse'][0]:.4f}: here the simpler ones are level or better"
         ),
         details=rounded(results),
+        charts=(errors_chart(results),),
     )
 
 

@@ -183,6 +183,15 @@ def _compare(context: Context, name: str, baseline: str) -> Measurement:
         f"{NAMES[baseline]}; gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] (95 % interval must lie above 0). "
         f"All: {listed}",
         details={"areas": areas, "gain": gain._asdict()},
+        charts=(
+            {
+                "type": "bars",
+                "title": "AUROC on text of the embedded model (0.5 is chance)",
+                "values": {NAMES[n]: a["auroc"]["value"] for n, a in areas.items()},
+                "spread": {NAMES[n]: (a["auroc"]["high"] - a["auroc"]["low"]) / 2 for n, a in areas.items()},
+                "baseline": NAMES[baseline],
+            },
+        ),
     )
 
 

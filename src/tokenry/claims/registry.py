@@ -67,6 +67,8 @@ class Measurement:
         spread: Spread of ``value`` over seeds or repeats.
         sentence: The result and the rule, readable alone: "text identical for 40 of 40 prompts (must be all)".
         details: Everything else worth keeping, plain JSON.
+        charts: Pictures for the method's page, each the keywords of a function of ``tokenry.report.charts`` with its
+            name as ``type`` ("bars", "lines", "stacked"), a ``title`` and, if wanted, a ``caption``.
     """
 
     shows: bool
@@ -75,6 +77,7 @@ class Measurement:
     baseline: float | None = None
     spread: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    charts: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _run(found: Card, claim: CardClaim, device: str, seed: int, folder: Path | N
         baseline=result.baseline,
         spread=result.spread,
         sentence=result.sentence,
-        details=result.details,
+        details=result.details | ({"charts": list(result.charts)} if result.charts else {}),
         seconds=round(time.perf_counter() - began, 2),
         seed=seed,
         machine=describe_machine(device),

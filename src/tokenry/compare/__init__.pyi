@@ -6,5 +6,5 @@ from .kind import Plot as Plot
 from .kind import Sweep as Sweep
 from .run import KINDS as KINDS
 from .run import Result as Result
-from .run import comparison as comparison
 from .run import compare as compare
+from .run import comparison as comparison

@@ -270,7 +270,7 @@ class TokenRecycling(DraftStrategy):
             now = time.perf_counter()
             if len(state.stats.nodes) > 1:  # the first pass brings the prompt along
                 sizes.took(self._size, now - self._began)
-            self._began, self._size = now, sizes.choose()
+            self._began, self._size = now, sizes.choose(state.finished)
             tree = sizes.trees[self._size].to(state.device)
         else:
             tree = self.tree.to(state.device)

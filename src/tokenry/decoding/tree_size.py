@@ -1,7 +1,7 @@
 """Choose how many nodes to verify, from what passes cost and what they win.
 
 For nested trees s = 0 < 1 < ... the text that was really emitted tells, after the fact, how many tokens each of them
-would have won from each of its roots. With a_s the mean of that and c_s the seconds of a pass,
+would have won from each of its roots. With a_s the mean of that (in a batch, of the slowest row) and c_s the seconds of a pass,
 
     gain(s) = (a_s / c_s) / (1 / c_0)
 
@@ -53,12 +53,15 @@ class TreeSizes:
             self._needs.append(next(s for s, n in enumerate(self.nodes) if i <= n))
         self._load: deque[float] = deque(maxlen=9)
         self._correction: list[deque[float]] = [deque(maxlen=15) for _ in self.nodes]
-        self.wins = [1.0] * len(self.nodes)  # tokens per pass, over the rows seen lately
-        self.weight = [0.0] * len(self.nodes)
+        self.wins: list[list[float]] = []  # per row and candidate: tokens per pass lately
+        self.weight: list[list[float]] = []
         self.begin(1)
 
     def begin(self, rows: int) -> None:
-        """A new batch of rows; what earlier ones have taught is kept."""
+        """A new batch of rows. What was learnt before is kept for a single row; in a batch rows differ too much."""
+        if rows > 1 or not self.wins:
+            self.wins = [[1.0] * len(self.nodes) for _ in range(rows)]
+            self.weight = [[0.0] * len(self.nodes) for _ in range(rows)]
         self._ranks: list[list[int]] = [[] for _ in range(rows)]
         self._at = [[0] * len(self.nodes) for _ in range(rows)]
 
@@ -85,8 +88,8 @@ class TreeSizes:
             while at[size] + depth <= len(known):
                 won = 1 + self._matches(known, at[size], size)
                 at[size] += won
-                self.weight[size] = self.weight[size] * MEMORY + 1
-                self.wins[size] += (won - self.wins[size]) / self.weight[size]
+                self.weight[row][size] = self.weight[row][size] * MEMORY + 1
+                self.wins[row][size] += (won - self.wins[row][size]) / self.weight[row][size]
 
     def _matches(self, ranks: list[int], start: int, size: int) -> int:
         """Nodes of candidate ``size`` that the ranks from ``start`` on would have matched."""
@@ -98,14 +101,15 @@ class TreeSizes:
             matched += 1
         return matched
 
-    def gain(self, size: int) -> float:
-        """Expected speed of candidate ``size`` in multiples of plain decoding."""
-        if size == 0 or self.weight[size] < ENOUGH:
+    def gain(self, size: int, rows: Sequence[int] = (0,)) -> float:
+        """Expected speed of candidate ``size`` in multiples of plain decoding: the slowest row ends the batch."""
+        if size == 0 or any(self.weight[row][size] < ENOUGH for row in rows):
             return 1.0
-        return self.wins[size] * self.cost(0) / self.cost(size)
+        return min(self.wins[row][size] for row in rows) * self.cost(0) / self.cost(size)
 
-    def choose(self) -> int:
-        """The candidate to run."""
-        gains = [self.gain(size) for size in range(len(self.nodes))]
+    def choose(self, finished: Sequence[bool] = (False,)) -> int:
+        """The candidate to run, for the rows that are not finished."""
+        rows = [row for row, done in enumerate(finished) if not done]
+        gains = [self.gain(size, rows) for size in range(len(self.nodes))]
         best = max(range(len(gains)), key=gains.__getitem__)
         return best if gains[best] > MARGIN else 0
