@@ -20,6 +20,7 @@ from tokenry.decoding.latency import PassLatency
 __all__ = ["TreeSizes"]
 
 MARGIN = 1.04  # a tree must promise this gain over plain decoding
+BATCH_MARGIN = 1.25  # in a batch: ragged rows cost masks of their own from then on, and estimates per row are rougher
 MEMORY = 0.94  # weight of the past per simulated pass: about the last sixteen count
 ENOUGH = 3.0  # simulated passes before an estimate is believed
 
@@ -112,4 +113,4 @@ class TreeSizes:
         rows = [row for row, done in enumerate(finished) if not done]
         gains = [self.gain(size, rows) for size in range(len(self.nodes))]
         best = max(range(len(gains)), key=gains.__getitem__)
-        return best if gains[best] > MARGIN else 0
+        return best if gains[best] > (MARGIN if len(finished) == 1 else BATCH_MARGIN) else 0

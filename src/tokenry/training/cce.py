@@ -92,6 +92,7 @@ def linear_cross_entropy(
         ValueError: Shapes disagree, a target is out of range, or a setting is impossible here.
 
     Example:
+        >>> from torch.nn import functional as F
         >>> e, c = torch.randn(2, 5, 8), torch.randn(1000, 8)
         >>> y = torch.randint(0, 1000, (2, 5))
         >>> loss = linear_cross_entropy(e, c, y, shift=1, impl="chunked")
