@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from tokenry.compare.kind import Column
 from tokenry.compare.run import Result
 from tokenry.report.numbers import readable
 
@@ -28,23 +29,42 @@ def best(result: Result, key: str) -> object:
     return max(values) if column.better == "higher" else min(values)
 
 
+def _that_fit(result: Result, width: int) -> list[Column]:
+    """The first columns whose values fit beside each other; headings may wrap."""
+    rows = result.outcome.rows
+    names = [len(row["method"]) + (11 if row["method"] == result.baseline else 0) for row in rows]
+    left = width - max(names, default=0) - 4
+    fitting = []
+    for column in result.columns:
+        heading = max(len(word) for word in f"{column.title} {column.unit}".split())
+        left -= 3 + max([heading, *(len(cell(row, column.key, column.digits)) for row in rows)])
+        if left < 0 and fitting:
+            break
+        fitting.append(column)
+    return fitting
+
+
 def print_result(result: Result, console: Console) -> None:
     """Print the table, the exponents and the notes; the best of each column in bold, the baseline marked."""
     table = Table(title=f"{result.title}: {result.question}", title_justify="left")
-    table.add_column("method")
-    for column in result.columns:
+    table.add_column("method", no_wrap=True)
+    shown = _that_fit(result, console.width)
+    for column in shown:
         arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
         table.add_column(f"{column.title}{f' ({column.unit})' if column.unit else ''}{arrow}", justify="right")
     winners = {column.key: best(result, column.key) for column in result.columns}
     for row in result.outcome.rows:
         name = f"{row['method']} [dim](baseline)[/]" if row["method"] == result.baseline else row["method"]
         cells = []
-        for column in result.columns:
+        for column in shown:
             text = cell(row, column.key, column.digits)
             won = winners[column.key] is not None and row.get(column.key) == winners[column.key]
             cells.append(f"[bold green]{text}[/]" if won else text)
         table.add_row(name, *cells)
     console.print(table)
+    if len(shown) < len(result.columns):
+        left_out = ", ".join(column.title for column in result.columns[len(shown) :])
+        console.print(f"[dim]Not shown for want of width: {left_out} (all stand in the report and in --json).[/]")
     for sweep in result.outcome.sweeps:
         if sweep.exponents:
             grown = ", ".join(
