@@ -102,9 +102,9 @@ class Decoding(Comparison):
         """Measured prompts, warming prompts, new tokens, sweep, repeats."""
         demo = options.effort == "demo"
         everything = read_prompts(options.data) if options.data else prompts()
-        count = self.setting(options, "prompts") or (3 if demo else 40)
-        new = self.setting(options, "new_tokens") or (40 if demo else 128)
-        sweep = [n for n in self.setting(options, "sweep") if n] or ([8, 16, 32] if demo else [16, 32, 64, 128, 256])
+        count = self.setting(options, "prompts") or (4 if demo else 40)
+        new = self.setting(options, "new_tokens") or (48 if demo else 128)
+        sweep = [n for n in self.setting(options, "sweep") if n] or ([12, 24, 48] if demo else [16, 32, 64, 128, 256])
         # Spread over the file: the embedded prompts hold English first, then code.
         count = min(count, len(everything))
         chosen = [everything[i * len(everything) // count] for i in range(count)]

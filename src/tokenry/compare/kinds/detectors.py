@@ -18,7 +18,7 @@ BASELINES = ["likelihood", "rank", "log-rank", "entropy", "lrr", "fast-detectgpt
 LASTDE = ["lastde", "lastde-closed", "lastde++"]
 DEFAULT = ["likelihood", "log-rank", "lrr", "fast-detectgpt", "fast-detectgpt-analytic", "lastde", "lastde++"]
 # What a shorter demonstration changes, unless the user says otherwise.
-DEMO = {"humans": 24, "tokens": 100, "samples": 50, "timed": 3, "lengths": [25, 50, 100]}
+DEMO = {"humans": 32, "tokens": 120, "samples": 50, "timed": 4, "lengths": [30, 60, 120]}
 FEWEST_TOKENS = 30
 OPENING = 30
 

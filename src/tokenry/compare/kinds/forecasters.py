@@ -159,7 +159,7 @@ class Forecasters(Comparison):
         )
 
     def _stride(self, options: Options) -> int:
-        return self.setting(options, "stride") or (10 if options.effort == "demo" else 1)
+        return self.setting(options, "stride") or (4 if options.effort == "demo" else 1)
 
     def _own(self, options: Options) -> Forecaster:
         from tokenry.series import Forecaster

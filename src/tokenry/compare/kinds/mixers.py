@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Mixers"]
 
 # What a shorter demonstration changes, unless the user says otherwise.
-DEMO: dict[str, Any] = {"seeds": 1, "epochs": 4, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
+DEMO: dict[str, Any] = {"seeds": 1, "epochs": 8, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
 PATCH = 4  # pixels per token side in the first stage
 
 
