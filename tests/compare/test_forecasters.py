@@ -34,13 +34,13 @@ def run(csv, **options):
 def test_rows_sweeps_notes_and_resume(csv, tmp_path, monkeypatch):
     result = run(csv, methods=METHODS, out=tmp_path / "run")
     rows = result.outcome.rows
-    assert [row["method"] for row in rows] == ["Seasonal naive", "iTransformer", "RLinear"]
+    assert [row["method"] for row in rows] == ["seasonal-naive", "itransformer", "rlinear"]
     assert rows[0]["ratio"] == 1
     assert rows[0]["epoch_seconds"] is None
     assert all(row["mse"] > 0 and row["predict_ms"] > 0 for row in rows)
     along, growth = result.outcome.sweeps
-    assert set(along.points) == {"Seasonal naive", "iTransformer", "RLinear"}
-    assert set(growth.exponents) == {"iTransformer", "RLinear"}
+    assert set(along.points) == {"seasonal-naive", "itransformer", "rlinear"}
+    assert set(growth.exponents) == {"itransformer", "rlinear"}
     assert any("Shortened" in note for note in result.outcome.notes)
     assert "looked at" in result.outcome.examples["What iTransformer looked at"]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["kind"] == "forecasters"

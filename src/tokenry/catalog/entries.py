@@ -24,12 +24,17 @@ class _Strict(BaseModel):
 
 
 class Reference(_Strict):
-    """The authors' own code. ``repository`` is empty where none was published."""
+    """The authors' own code. ``repository`` is empty where none was published, ``licence`` is then ``none``."""
 
     repository: str = ""
     commit: str = ""
     licence: str
     note: str = ""
+
+    @property
+    def may_be_run(self) -> bool:
+        """Whether there is code, under a licence that lets us time it beside ours."""
+        return bool(self.repository) and not self.licence.lower().startswith("no")
 
 
 class CardClaim(_Strict):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenry.vision.image_training import Images
 
 SEEDS = 3
-EPOCHS = 4
+EPOCHS = 6
 # The embedded sample is a sixth as large; it gets half as many steps.
 EPOCHS_EMBEDDED = 12
 SKELETON: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tokenry.report.numbers import readable
+from tokenry.report.numbers import readable, short
 
 __all__ = ["bars", "lines", "scatter", "stacked"]
 
@@ -62,12 +62,12 @@ def _frame(x: _Axis, y: _Axis, x_title: str, y_title: str, body: str, label: str
     for tick in y.ticks():
         at = y(tick)
         grid.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        grid.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{readable(tick)}</text>')
+        grid.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in x.ticks():
         at = x(tick)
         grid.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         grid.append(
-            f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{readable(tick)}</text>'
+            f'<text class="tick" x="{at:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{short(tick)}</text>'
         )
     titles = (
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 10}" text-anchor="middle">{escape(x_title)}</text>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["readable"]
+__all__ = ["readable", "short"]
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -13,8 +13,8 @@ def readable(value: object, digits: int = 3) -> str:
     """A value with so many significant digits: 1234567 becomes ``1.23 M``; None a dash; text stays.
 
     Example:
-        >>> readable(0.123456), readable(1234567), readable(None), readable(True), readable(2e-7)
-        ('0.123', '1.23 M', '–', 'yes', '2×10⁻⁷')
+        >>> readable(0.123456), readable(31.0), readable(1234567), readable(None), readable(True), readable(2e-7)
+        ('0.123', '31.0', '1.23 M', '–', 'yes', '2×10⁻⁷')
     """
     if value is None:
         return "–"
@@ -40,7 +40,20 @@ def readable(value: object, digits: int = 3) -> str:
 
 
 def _significant(value: float, digits: int) -> str:
-    if isinstance(value, int) or float(value).is_integer():
-        return str(int(value))
+    if isinstance(value, int):
+        return str(value)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
+
+
+def short(value: float) -> str:
+    """A round value without trailing zeros, as on an axis.
+
+    Example:
+        >>> short(0.5), short(20.0), short(2000000.0)
+        ('0.5', '20', '2 M')
+    """
+    text, _, letter = readable(value).partition(" ")
+    if "." in text and "×" not in text:
+        text = text.rstrip("0").rstrip(".")
+    return f"{text} {letter}".strip()

@@ -197,9 +197,11 @@ def _comparison(result: Result) -> dict[str, Any]:
 
 
 def _headline(result: Result) -> str:
-    """The first column with a direction, in one sentence: the best method beside the baseline, and the baseline."""
+    """The first figure with a direction, in one sentence: the best method beside the baseline, and the baseline."""
     rows = {row["method"]: row for row in result.outcome.rows}
-    for column in result.columns:
+    by_key = {column.key: column for column in result.columns}
+    drawn = [by_key[plot.y] for plot in result.plots]  # what is drawn first matters most
+    for column in [*drawn, *result.columns]:
         values = {
             name: row[column.key]
             for name, row in rows.items()

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecasters"]
 
-# name: (name shown, slug of its card)
-METHODS: dict[str, tuple[str, str | None]] = {
-    "seasonal-naive": ("Seasonal naive", None),
-    "repeat-last": ("Repeat last value", None),
-    "rlinear": ("RLinear", None),
-    "nlinear": ("NLinear", None),
-    "dlinear": ("DLinear", None),
-    "itransformer": ("iTransformer", "itransformer"),
-    "iflowformer": ("iFlowformer", "itransformer"),
-    "patchtst": ("PatchTST", None),
-    "time-tokens": ("Transformer over time steps", None),
+# What can be compared, and whose card it belongs to.
+METHODS: dict[str, str | None] = {
+    "seasonal-naive": None,
+    "repeat-last": None,
+    "rlinear": None,
+    "nlinear": None,
+    "dlinear": None,
+    "itransformer": "itransformer",
+    "iflowformer": "itransformer",
+    "patchtst": None,
+    "time-tokens": None,
 }
 WIDE = ("itransformer", "iflowformer", "time-tokens")  # the setting `width` is theirs
 SWEPT = ("rlinear", "itransformer", "iflowformer", "patchtst")
@@ -285,7 +285,7 @@ class Forecasters(Comparison):
             sizes = sizes[:-1]
         if not swept or len(sizes) < 2:
             return []
-        points: dict[str, list[tuple[float, float]]] = {METHODS[name][0]: [] for name in swept}
+        points: dict[str, list[tuple[float, float]]] = {name: [] for name in swept}
         for size in sizes:
 
             def measure(size: int = size) -> dict[str, float]:
@@ -294,7 +294,7 @@ class Forecasters(Comparison):
                 return {name: timing.median for name, timing in timings.items()}
 
             for name, seconds in session.step(f"series{size}", measure).items():
-                points[METHODS[name][0]].append((float(size), seconds))
+                points[name].append((float(size), seconds))
         return [
             Sweep(
                 title="Training step against the number of series",
@@ -311,9 +311,7 @@ class Forecasters(Comparison):
         naive = results[self.baseline]["mse_by_step"]
         chosen = sorted({round(i * (len(naive) - 1) / 11) for i in range(12)})
         points = {
-            METHODS.get(name, (name, None))[0]: [
-                (float(step + 1), result["mse_by_step"][step] / max(naive[step], 1e-12)) for step in chosen
-            ]
+            name: [(float(step + 1), result["mse_by_step"][step] / max(naive[step], 1e-12)) for step in chosen]
             for name, result in results.items()
         }
         return Sweep(
@@ -329,14 +327,14 @@ class Forecasters(Comparison):
     def _row(
         self, name: str, result: dict[str, Any], naive: dict[str, Any], timed: dict[str, list[float]] | None, steps: int
     ) -> dict[str, Any]:
-        shown, slug = METHODS.get(name, (name, None))
+        slug = METHODS.get(name)
         quarter = max(len(naive["mse_by_step"]) // 4, 1)
 
         def ratio(part: slice) -> float:
             return sum(result["mse_by_step"][part]) / max(sum(naive["mse_by_step"][part]), 1e-12)
 
         row = {
-            "method": shown,
+            "method": name,
             "slug": slug,
             "mse": result["mse"],
             "mae": result["mae"],
@@ -380,7 +378,7 @@ class Forecasters(Comparison):
         worse = [row["method"] for row in rows if row["ratio"] > 1]
         if worse:
             notes.append(f"Worse than seasonal naive here: {', '.join(worse)}.")
-        inverted, linear = by_name.get("iTransformer"), by_name.get("RLinear")
+        inverted, linear = by_name.get("itransformer"), by_name.get("rlinear")
         if inverted and linear and linear["mse"] <= inverted["mse"]:
             notes.append(
                 f"RLinear (MSE {linear['mse']:.3f}) is as good as iTransformer ({inverted['mse']:.3f}) or better here, at "
