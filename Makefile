@@ -40,9 +40,11 @@ docs: install
 	$(BIN)/tokenry report --out docs/gallery
 	$(BIN)/mkdocs build --strict --site-dir site
 
-# Longer measurements on this machine; each writes JSON lines and goes on where it was stopped.
+# Longer measurements on this machine. benchmarks/*_reference.py need a checkout of the authors' code and are run by hand.
 bench: install
-	for script in benchmarks/*.py; do case $$script in *_gpu.py|*_reference.py) ;; *) $(RUN) $$script || exit 1 ;; esac; done
+	$(RUN) benchmarks/decoding.py
+	$(RUN) benchmarks/kvcache.py --small
+	$(RUN) benchmarks/forecasting.py table
 
 # On a machine with a GPU, from the source tree, with that machine's own python: nothing is installed.
 bench-gpu:
