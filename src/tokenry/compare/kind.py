@@ -111,6 +111,7 @@ class Comparison(ABC):
     columns: ClassVar[list[Column]]
     plots: ClassVar[list[Plot]] = []
     settings: ClassVar[dict[str, Any]] = {}
+    demo: ClassVar[dict[str, Any]] = {}  # what a demonstration changes of the settings, unless the user says otherwise
 
     @abstractmethod
     def methods(self) -> list[str]:
@@ -131,7 +132,9 @@ class Comparison(ABC):
         return self.methods()
 
     def setting(self, options: Options, name: str) -> Any:
-        """A kind's own setting: the user's value, in the type of its default."""
+        """A kind's own setting: the user's value in the type of its default, else the demonstration's, else the default."""
+        if options.effort == "demo" and name in self.demo and name not in options.settings:
+            return self.demo[name]
         default = self.settings[name]
         value = options.settings.get(name, default)
         if default is None or value is None or isinstance(value, type(default)):

@@ -21,8 +21,6 @@ __all__ = ["Backbones"]
 PEERS = ["mobilevitv2_050", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
 OURS = ["affnet_et", "affnet_t", "affnet", "poolformer_s12", "identityformer_s12"]
 DEMO_METHODS = ["mobilevitv2_050", "affnet_et", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
-# What a shorter demonstration changes, unless the user says otherwise.
-DEMO = {"size": 160, "batch": 4, "sizes": [96, 160, 256], "probe_images": 600}
 IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"})
 
 
@@ -101,6 +99,7 @@ class Backbones(Comparison):
         "probe_size": 64,
         "probe_images": 2000,
     }
+    demo: ClassVar = {"size": 160, "batch": 4, "sizes": [96, 160, 256], "probe_images": 600}
 
     def methods(self) -> list[str]:
         """Tokenry's backbones and a few light peers; any other timm name is taken as well."""
@@ -123,12 +122,6 @@ class Backbones(Comparison):
                 raise ValueError(f"backbones: timm knows no model {name!r}; did you mean {', '.join(near)}?")
         own = [_local_model(options.model)] if options.model else []
         return list(dict.fromkeys([self.baseline, *own, *names]))
-
-    def setting(self, options: Options, name: str) -> Any:
-        """The user's value, else the demonstration's, else the default."""
-        if options.effort == "demo" and name in DEMO and name not in options.settings:
-            return DEMO[name]
-        return super().setting(options, name)
 
     def check(self, options: Options) -> None:
         """Refuse unknown models, sizes that are no sizes, and folders without classes."""

@@ -17,8 +17,6 @@ __all__ = ["Detectors"]
 BASELINES = ["likelihood", "rank", "log-rank", "entropy", "lrr", "fast-detectgpt", "fast-detectgpt-analytic"]
 LASTDE = ["lastde", "lastde-closed", "lastde++"]
 DEFAULT = ["likelihood", "log-rank", "lrr", "fast-detectgpt", "fast-detectgpt-analytic", "lastde", "lastde++"]
-# What a shorter demonstration changes, unless the user says otherwise.
-DEMO = {"humans": 32, "tokens": 120, "samples": 50, "timed": 4, "lengths": [30, 60, 120]}
 FEWEST_TOKENS = 30
 OPENING = 30
 
@@ -52,6 +50,7 @@ class Detectors(Comparison):
         "lengths": [40, 80, 160, 320],
         "batch": 16,
     }
+    demo: ClassVar = {"humans": 32, "tokens": 120, "samples": 50, "timed": 4, "lengths": [30, 60, 120]}
 
     def methods(self) -> list[str]:
         """The baselines and the variants of Lastde."""
@@ -60,12 +59,6 @@ class Detectors(Comparison):
     def default_methods(self, options: Options) -> list[str]:
         """Those of the paper's main table."""
         return DEFAULT
-
-    def setting(self, options: Options, name: str) -> Any:
-        """The user's value, else the demonstration's, else the default."""
-        if options.effort == "demo" and name in DEMO and name not in options.settings:
-            return DEMO[name]
-        return super().setting(options, name)
 
     def check(self, options: Options) -> None:
         """Refuse settings out of range and data that cannot be read."""

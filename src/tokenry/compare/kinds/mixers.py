@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Mixers"]
 
-# What a shorter demonstration changes, unless the user says otherwise.
-DEMO: dict[str, Any] = {"seeds": 1, "epochs": 8, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
 PATCH = 4  # pixels per token side in the first stage
 
 
@@ -56,18 +54,13 @@ class Mixers(Comparison):
         "sides": [32, 64, 128, 256],
         "sweep_dim": 64,
     }
+    demo: ClassVar = {"seeds": 1, "epochs": 8, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
 
     def methods(self) -> list[str]:
         """All registered mixers, the identity first."""
         from tokenry.mixers import list_mixers
 
         return [self.baseline, *(name for name in list_mixers() if name != self.baseline)]
-
-    def setting(self, options: Options, name: str) -> Any:
-        """The user's value, else the demonstration's, else the default."""
-        if options.effort == "demo" and name in DEMO and name not in options.settings:
-            return DEMO[name]
-        return super().setting(options, name)
 
     def check(self, options: Options) -> None:
         """Refuse unknown mixers, sizes that leave no tokens, data without labels."""

@@ -15,7 +15,6 @@ from tokenry.measure.timing import fit_exponent, interleave
 __all__ = ["Tokenizers"]
 
 MIXTURE, NNLS, TEE, TC = "mixture inference", "NNLS on ranks", "TEE", "TC"
-DEMO = {"mixtures": 3, "merges": 200, "training_kb": 100, "sample_kb": 40, "sweep": [50, 100, 200, 400]}
 SAMPLE_FILE = 2_000_000  # characters of a user's file that are read
 TREAT_BYTES = 60_000  # text of each category on which bytes per token are measured
 
@@ -49,16 +48,11 @@ class Tokenizers(Comparison):
         "sample_kb": 150,
         "sweep": [50, 100, 200, 400, 800, 1600],
     }
+    demo: ClassVar = {"mixtures": 3, "merges": 200, "training_kb": 100, "sample_kb": 40, "sweep": [50, 100, 200, 400]}
 
     def methods(self) -> list[str]:
         """The baseline, then the guesses, then the linear program."""
         return [self.baseline, "random", TC, TEE, NNLS, MIXTURE]
-
-    def setting(self, options: Options, name: str) -> Any:
-        """The user's value, else that of the effort."""
-        if options.effort == "demo" and name in DEMO and name not in options.settings:
-            return DEMO[name]
-        return super().setting(options, name)
 
     def check(self, options: Options) -> None:
         """Refuse unreadable files, too few categories or mixtures."""
