@@ -86,9 +86,9 @@ def _own_evidence(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("TOKENRY_EVIDENCE", str(tmp_path_factory.getbasetemp() / "evidence.sqlite"))
 
 
-@pytest.fixture(autouse=True)
-def _cases_of_this_test() -> None:
-    golden_case.USED.clear()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    golden_case.USED.clear()  # before all fixtures: those shared by a module read cases too
 
 
 @pytest.hookimpl(hookwrapper=True)
