@@ -12,8 +12,6 @@ from there when it is started again. The finished models are written to ``src/to
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
 import math
 import random
@@ -25,6 +23,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokenry.assets.english import english_documents, is_held_out
+from tokenry.claims.small_models import cosine, muon_and_adamw
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCAB_SIZE = 4096
@@ -54,20 +55,10 @@ def documents(english: Path) -> dict[str, list[str]]:
     split: dict[str, list[str]] = {"train_english": [], "held_out_english": [], "train_code": [], "held_out_code": []}
 
     def put(kind: str, text: str) -> None:
-        held_out = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 20 == 0
-        split[("held_out_" if held_out else "train_") + kind].append(text)
+        split[("held_out_" if is_held_out(text) else "train_") + kind].append(text)
 
-    for path in sorted(english.glob("*.txt.gz")):
-        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-            paragraphs = file.read().split("\n\n")
-        block: list[str] = []
-        for paragraph in paragraphs:  # blocks of about 6 kB, so that held-out text is spread over the file
-            block.append(paragraph)
-            if sum(map(len, block)) > 6000:
-                put("english", "\n\n".join(block).strip())
-                block = []
-        if block:
-            put("english", "\n\n".join(block).strip())
+    for text in english_documents(english):
+        put("english", text)
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -126,11 +117,6 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
     return bits / bytes_seen
 
 
-def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over 3 %, then cosine to zero."""
-    return peak * min(progress / 0.03, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
 def train(name: str, ids: np.ndarray, work: Path, steps: int, device: str) -> tuple[LlamaForCausalLM, dict]:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -144,12 +130,7 @@ def train(name: str, ids: np.ndarray, work: Path, steps: int, device: str) -> tu
         **SIZES[name],
     )
     model = LlamaForCausalLM(config).to(device)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=PEAK_LR[name], weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=PEAK_LR[name], betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = muon_and_adamw(model, PEAK_LR[name])
     checkpoint = work / f"{name}.pt"
     first, seconds = 0, 0.0
     if checkpoint.exists():
@@ -173,7 +154,7 @@ def train(name: str, ids: np.ndarray, work: Path, steps: int, device: str) -> tu
         batch = torch.stack([tokens[s : s + CONTEXT] for s in starts]).to(device)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate((step + 1) / steps, PEAK_LR[name])
+                group["lr"] = cosine((step + 1) / steps, PEAK_LR[name])
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()

@@ -7,3 +7,4 @@ from .embedded import language_samples as language_samples
 from .embedded import load_model as load_model
 from .embedded import model_path as model_path
 from .embedded import prompts as prompts
+from .english import english_documents as english_documents

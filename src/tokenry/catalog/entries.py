@@ -100,7 +100,9 @@ class Card(_Strict):
         "tokenization", "vision", "series", "language", "moe", "kvcache", "decoding", "multimodal", "generation",
         "training", "text", "code",
     ]  # fmt: skip
-    interface: Literal["backbone", "mixer", "decoding", "cache", "loss", "tokenizer", "estimator", "forecaster"]
+    interface: Literal[
+        "backbone", "mixer", "decoding", "cache", "loss", "tokenizer", "estimator", "forecaster", "language-model",
+    ]  # fmt: skip
     entry_point: EntryPoint
     models: list[str] = []
     mixers: list[str] = []
