@@ -18,6 +18,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tokenry.kvcache import EMSCache, SlidingWindowCache, SnapKVCache, cache_bytes
+from tokenry.layers.cache_argument import CACHE
 from tokenry.measure import describe_machine, interleave, package_versions, peak_extra_memory
 
 
@@ -60,13 +61,13 @@ def main() -> None:
     @torch.inference_mode()
     def read(name: str) -> Cache:
         cache = makers[name]()
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE: cache}, logits_to_keep=1)
         return cache
 
     @torch.inference_mode()
     def write(cache: Cache, rows: int) -> None:
         for _ in range(args.steps):
-            model(ids[:, :1].expand(rows, 1), past_key_values=cache)
+            model(ids[:, :1].expand(rows, 1), **{CACHE: cache})
 
     found: dict[str, dict] = {name: {} for name in makers}
     timing = interleave({n: partial(read, n) for n in makers}, repeats=args.repeats, device=args.device)

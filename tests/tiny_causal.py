@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
@@ -36,7 +37,10 @@ CONFIGS = {
 def tiny_causal(kind: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of two layers; weights are scaled up so that attention is far from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=attention).eval()
+    config = CONFIGS[kind]()
+    if attention == "sdpa" and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        attention = "eager"  # Gemma 2 caps its attention scores, which newer releases do in eager attention alone
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and "embed" not in name:
             weight.data.mul_(6.0)

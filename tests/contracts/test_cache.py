@@ -21,6 +21,7 @@ from tokenry.kvcache import (
     SnapKVCache,
     cache_bytes,
 )
+from tokenry.layers.cache_argument import CACHE
 
 CACHES = {
     "ems": lambda config, budget, **k: EMSCache(config=config, budget=budget, window=4, **k),
@@ -57,14 +58,14 @@ def follow(model: PreTrainedModel, cache, ids: Tensor, mask: Tensor | None = Non
     """Logits of the tokens after ``split``, which is where the cache was compressed."""
     mask = torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    model(ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], past_key_values=cache)
+    model(ids[:, :split], attention_mask=mask[:, :split], position_ids=positions[:, :split], **{CACHE: cache})
     out = []
     for first, last in ((split, split + 1), (split + 1, ids.shape[1])):  # one token, then several at once
         step = model(
             ids[:, first:last],
             attention_mask=mask[:, :last],
             position_ids=positions[:, first:last],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         out.append(step.logits)
     return torch.cat(out, dim=1)
@@ -86,7 +87,7 @@ def test_a_budget_that_suffices_changes_no_bit(make, kind):
 def test_generates_and_stores_the_budget(make, kind):
     model, ids = model_of(kind), tokens(1, 40)
     cache = make(model.config, 12)
-    out = generate(model, ids, past_key_values=cache)
+    out = generate(model, ids, **{CACHE: cache})
     assert out.shape == (1, 46)
     assert [layer.stored for layer in cache.layers] == [12 + 5] * 2  # the last token is not in the cache
     assert cache.get_seq_length() == 45
@@ -158,8 +159,8 @@ def test_memory_is_what_was_promised(make):
     model, ids = model_of("llama"), tokens(3, 60)
     cache, full = make(model.config, 12), DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(ids, past_key_values=full)
+        model(ids, **{CACHE: cache})
+        model(ids, **{CACHE: full})
     assert cache_bytes(cache) == 2 * 2 * 3 * 2 * 12 * 8 * 4
     assert cache_bytes(full) == 2 * 2 * 3 * 2 * 60 * 8 * 4
 
@@ -170,9 +171,9 @@ def test_compresses_again_while_decoding(make):
     cache = make(model.config, 12, every=4)
     lengths = []
     with torch.no_grad():
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **{CACHE: cache})
         for place in range(20, 40):
-            model(ids[:, place : place + 1], past_key_values=cache)
+            model(ids[:, place : place + 1], **{CACHE: cache})
             lengths.append(cache.layers[1].stored)
     assert max(lengths) == 16 and min(lengths) == 12
     assert cache.get_seq_length() == 40
@@ -185,7 +186,7 @@ def test_beams_and_several_answers(make):
     model, ids = model_of("llama"), tokens(2, 40)
     for every in (None, 3):
         cache = make(model.config, 12, every=every)
-        out = generate(model, ids, past_key_values=cache, num_beams=3, num_return_sequences=2)
+        out = generate(model, ids, **{CACHE: cache}, num_beams=3, num_return_sequences=2)
         assert out.shape == (4, 46)
 
 
@@ -194,9 +195,9 @@ def test_goes_on_with_a_longer_prompt(make):
     """A second turn: only the new tokens are read; the cache is not cut a second time unless asked."""
     model, ids = model_of("llama"), tokens(1, 60)
     cache = make(model.config, 12)
-    first = generate(model, ids[:, :40], past_key_values=cache)
+    first = generate(model, ids[:, :40], **{CACHE: cache})
     longer = torch.cat([first, ids[:, 40:45]], dim=1)
-    out = generate(model, longer, past_key_values=cache)
+    out = generate(model, longer, **{CACHE: cache})
     assert out.shape[1] == 57 and cache.get_seq_length() == 56
     assert cache.layers[0].stored == 12 + 16
 
@@ -206,11 +207,11 @@ def test_copies_and_resets(make):
     model, ids = model_of("llama"), tokens(1, 40)
     cache = make(model.config, 12)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     twin = copy.deepcopy(cache)
     assert twin.config is cache.config
     with torch.no_grad():
-        step = [model(ids[:, :1], past_key_values=one).logits for one in (cache, twin)]
+        step = [model(ids[:, :1], **{CACHE: one}).logits for one in (cache, twin)]
     assert torch.equal(*step)
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -222,7 +223,7 @@ def test_leaves_the_model_as_it_was(make):
     model, ids = model_of("llama"), tokens(1, 40)
     before = (model.config.to_dict(), [type(m).forward for m in model.modules()], model.config._attn_implementation)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    generate(model, ids, past_key_values=make(model.config, 12, every=2))
+    generate(model, ids, **{CACHE: make(model.config, 12, every=2)})
     after = (model.config.to_dict(), [type(m).forward for m in model.modules()], model.config._attn_implementation)
     assert before == after
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -232,7 +233,7 @@ def test_leaves_the_model_as_it_was(make):
 def test_only_full_attention_layers_are_cut(make):
     model, ids = model_of("gemma2", "eager"), tokens(2, 40)
     cache = make(model.config, 12)
-    generate(model, ids, past_key_values=cache)
+    generate(model, ids, **{CACHE: cache})
     kinds = [isinstance(layer, type(cache.layers[1])) for layer in cache.layers]
     assert kinds == [False, True] and cache.layers[1].stored == 17
 
@@ -246,7 +247,7 @@ def test_refuses_to_be_rolled_back(make):
     cache = make(model.config, 12)
     assert not cache.is_croppable
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="cannot be rolled back.*DynamicCache"):
         cache.crop(-1)
 
@@ -255,13 +256,13 @@ def test_refuses_to_be_rolled_back(make):
 def test_refuses_a_used_cache_for_a_prefix_of_its_text(make):
     model, ids = model_of("llama"), tokens(2, 40)
     cache = make(model.config, 12)
-    full = generate(model, ids, past_key_values=cache)
+    full = generate(model, ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="prefix of its text.*new cache"):
-        generate(model, full[:, :20], past_key_values=cache)
+        generate(model, full[:, :20], **{CACHE: cache})
     mask = torch.ones(2, 40).long()
     mask[1, :3] = 0
     with pytest.raises(ValueError, match="prefix of its text.*new cache"):
-        generate(model, full[:, :40], attention_mask=mask, past_key_values=cache)
+        generate(model, full[:, :40], attention_mask=mask, **{CACHE: cache})
 
 
 @every_cache
@@ -276,7 +277,7 @@ def test_refuses_right_padding(make):
     mask = torch.ones_like(ids)
     mask[1, 35:] = 0
     with pytest.raises(ValueError, match="padding on the left"), torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=make(model.config, 12))
+        model(ids, attention_mask=mask, **{CACHE: make(model.config, 12)})
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -284,7 +285,7 @@ def test_refuses_right_padding(make):
 def test_refuses_a_foreign_config(make):
     model = model_of("llama")
     with pytest.raises(ValueError, match="model.config, the model's own"):
-        generate(model, tokens(1, 40), past_key_values=make(copy.deepcopy(model.config), 12))
+        generate(model, tokens(1, 40), **{CACHE: make(copy.deepcopy(model.config), 12)})
 
 
 @every_cache

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tokenry.decoding import DecodingOutput, DraftStrategy, DraftTree, Proposal, TokenRecycling
+from tokenry.layers.cache_argument import CACHE
 
 VOCAB = 37
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0, 0]]
@@ -301,8 +302,8 @@ def test_return_dict(make):
     for name in ("scores", "logits"):
         assert len(mine[name]) == 14
         torch.testing.assert_close(torch.stack(mine[name]), torch.stack(theirs[name]))
-    assert mine.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length() == 9 + 14 - 1
-    for a, b in zip(mine.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    assert mine[CACHE].get_seq_length() == theirs[CACHE].get_seq_length() == 9 + 14 - 1
+    for a, b in zip(mine[CACHE].layers, theirs[CACHE].layers, strict=True):
         assert type(a) is type(b)
         torch.testing.assert_close(a.keys, b.keys)
         torch.testing.assert_close(a.values, b.values)
@@ -314,13 +315,13 @@ def test_goes_on_from_a_cache(make):
     strategy = make(model)
     first = drafted(strategy, model, ids, max_new_tokens=8, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, prompts(seed=9)[:, :3]], 1)
-    mine = drafted(strategy, model, longer, max_new_tokens=10, past_key_values=first.past_key_values)
+    mine = drafted(strategy, model, longer, max_new_tokens=10, **{CACHE: first[CACHE]})
     assert torch.equal(mine, plain(model, longer, max_new_tokens=10))
     given = DynamicCache(config=model.config)
-    drafted(strategy, model, ids, max_new_tokens=8, past_key_values=given)
+    drafted(strategy, model, ids, max_new_tokens=8, **{CACHE: given})
     assert given.get_seq_length() == 9 + 8 - 1
     assert torch.equal(
-        plain(model, longer, max_new_tokens=10, past_key_values=given), plain(model, longer, max_new_tokens=10)
+        plain(model, longer, max_new_tokens=10, **{CACHE: given}), plain(model, longer, max_new_tokens=10)
     )
 
 

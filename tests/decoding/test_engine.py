@@ -14,6 +14,7 @@ from tokenry.decoding import DraftTree, PassLatency, accept_greedy, accept_walk,
 from tokenry.decoding.draft_cache import DraftCache
 from tokenry.decoding.latency import cache_folder
 from tokenry.kernels import TreeMask, compact_path, compact_rows, tree_mask
+from tokenry.layers.cache_argument import CACHE
 
 pytestmark = pytest.mark.method("token-recycling")
 
@@ -182,9 +183,9 @@ def tiny(**more):
 def test_cache_keeps_what_was_accepted():
     model, ids = tiny().double(), torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=expected, use_cache=True)
+    model(input_ids=ids, **{CACHE: expected}, use_cache=True)
     library = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :6], past_key_values=library, use_cache=True)
+    model(input_ids=ids[:, :6], **{CACHE: library}, use_cache=True)
     cache = DraftCache(library)
     cache.adopt(6)  # no room: it must grow
     tree = DraftTree([-1, 0, 0, 2, 3])
@@ -194,7 +195,7 @@ def test_cache_keeps_what_was_accepted():
         input_ids=tokens,
         attention_mask=tree.mask(6, torch.float64),
         position_ids=(6 + tree.depth).expand(2, -1),
-        past_key_values=library,
+        **{CACHE: library},
         use_cache=True,
     )
     cache.keep_path([0, 2, 3], torch.tensor([0, 2, 3]))

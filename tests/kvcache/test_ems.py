@@ -19,6 +19,7 @@ from tokenry.kvcache import (
     global_local_score,
     merge_classes,
 )
+from tokenry.layers.cache_argument import CACHE
 
 pytestmark = pytest.mark.method("ems")
 
@@ -209,9 +210,9 @@ def test_running_sums_equal_reading_all_at_once():
     model, ids = tiny_causal("llama"), tokens(2, 30)
     pieces, whole = (EMSCache(config=model.config, budget=40, window=5, every=9) for _ in range(2))
     with torch.no_grad():
-        model(ids, past_key_values=whole)
+        model(ids, **{CACHE: whole})
         for first, last in ((0, 11), (11, 12), (12, 26), (26, 30)):
-            model(ids[:, first:last], past_key_values=pieces)
+            model(ids[:, first:last], **{CACHE: pieces})
     for one, other in zip(pieces.layers, whole.layers, strict=True):
         torch.testing.assert_close(one.sums, other.sums, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one.recent, other.recent, rtol=1e-4, atol=1e-5)
@@ -236,8 +237,8 @@ def test_compression_equals_the_definition_inside_a_model():
 
     full = DynamicCache(config=model.config)
     with torch.no_grad():
-        attentions = model(ids, past_key_values=full, output_attentions=True).attentions
-        model(ids, past_key_values=cache)
+        attentions = model(ids, **{CACHE: full}, output_attentions=True).attentions
+        model(ids, **{CACHE: cache})
     for layer, whole, a in zip(cache.layers, full.layers, attentions, strict=True):
         entries = entries_of(a[0].view(2, 2, 30, 30).mean(1), whole.keys[0], whole.values[0], 4)
         expected = compress(entries, score_of(entries), 12, 4, ZeroClassMerge())
@@ -275,6 +276,6 @@ def test_rejects_models_it_cannot_serve():
     ).eval()
     cache = EMSCache(config=blind.config, budget=12, window=4)
     with pytest.raises(ValueError, match="could not see the model's queries"), torch.no_grad():
-        blind(tokens(1, 30), past_key_values=cache)
-        blind(tokens(1, 1), past_key_values=cache)
+        blind(tokens(1, 30), **{CACHE: cache})
+        blind(tokens(1, 1), **{CACHE: cache})
     assert blind.config._attn_implementation == "eager"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import held_out_texts, load_model
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +163,7 @@ def memory(context: Context) -> Measurement:
             caches = EMSCache(config, budget=128), DynamicCache(config=config)
             with torch.inference_mode():
                 for cache in caches:
-                    model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
+                    model(ids[:, :length], **{CACHE: cache}, logits_to_keep=1)
             found[str(length)] = {"EMS": cache_bytes(caches[0]), "full": cache_bytes(caches[1]), "promised": promised}
         return found
 

@@ -29,6 +29,7 @@ from tokenry.decoding.draft_tree import DraftTree
 from tokenry.decoding.passes import Passes
 from tokenry.decoding.statistics import DecodingStats
 from tokenry.decoding.stopping import RowProcessors, RowStopping
+from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -181,7 +182,7 @@ class DraftStrategy:
             generation_config: ``generate``'s own.
             token_streamer: Like ``generate``'s ``streamer``, which a custom strategy is not given: receives the
                 prompt, then every token in order, then ``end()``.
-            **model_kwargs: ``attention_mask``, ``position_ids``, ``past_key_values`` as ``generate`` prepared them.
+            **model_kwargs: ``attention_mask``, ``position_ids``, the cache, as ``generate`` prepared them.
 
         Raises:
             ValueError: The model, the cache or an option cannot be used with drafts; the message says what to change.
@@ -266,7 +267,7 @@ def decode(
     if not config.return_dict_in_generate:
         return sequences
     steps = sequences.shape[1] - state.prompt_length
-    fields: dict[str, Any] = {"sequences": sequences, "past_key_values": state.cache.cache}
+    fields: dict[str, Any] = {"sequences": sequences, CACHE: state.cache.cache}
     fields |= {name: keep.stacked(name, steps) for name in ("scores", "logits")}
     return DecodingOutput(**fields, decoding_stats=state.stats)
 
@@ -298,9 +299,9 @@ def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, 
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids, so siblings of a draft tree cannot share a position")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is None or not hasattr(cache, "layers"):
-        raise ValueError(f"draft trees need a DynamicCache, got {type(cache).__name__}; leave past_key_values unset")
+        raise ValueError(f"draft trees need a DynamicCache, got {type(cache).__name__}; leave {CACHE} unset")
 
 
 def _start(
@@ -313,7 +314,7 @@ def _start(
 ) -> tuple[DecodingState, Tensor, Tensor | None]:
     """The state before the first pass, the prompt tokens that the cache lacks, and the 2-D padding mask."""
     rows, width = input_ids.shape
-    cache = DraftCache(model_kwargs["past_key_values"])
+    cache = DraftCache(model_kwargs[CACHE])
     mask = model_kwargs.get("attention_mask")
     if mask is not None and bool(mask.all()):
         mask = None

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from tokenry.decoding.draft_cache import DraftCache
 from tokenry.decoding.draft_tree import DraftTree
+from tokenry.layers.cache_argument import CACHE
 from tokenry.measure.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def measure_passes(model: PreTrainedModel, batch_size: int = 1, repeats: int = 5
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch_size, context + max(sizes)), generator=generator).to(device)
     library = DynamicCache(config=model.config)
-    model(input_ids=tokens[:, :context], past_key_values=library, use_cache=True)
+    model(input_ids=tokens[:, :context], **{CACHE: library}, use_cache=True)
     cache = DraftCache(library)
     cache.adopt(context + max(sizes))
     trees = [DraftTree([-1] + [0] * (size - 1), device=device) for size in sizes]
@@ -136,7 +137,7 @@ def measure_passes(model: PreTrainedModel, batch_size: int = 1, repeats: int = 5
                 input_ids=tokens[:, context : context + size],
                 attention_mask=mask,
                 position_ids=(context + tree.depth).expand(batch_size, -1),
-                past_key_values=library,
+                **{CACHE: library},
                 use_cache=True,
             ).logits
             logits[0, -1, :1].tolist()  # waits for the device

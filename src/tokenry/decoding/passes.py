@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenry.kernels.tree_attention import tree_mask
+from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
     from tokenry.decoding.engine import DecodingState, Proposal
@@ -62,7 +63,7 @@ class Passes:
         state.cache.prepare(tree.size)
         draft = {"inputs_embeds": proposal.embeds} if proposal.embeds is not None else {"input_ids": proposal.tokens}
         logits = self.model(
-            **draft, attention_mask=mask, position_ids=positions, past_key_values=state.cache.cache, use_cache=True
+            **draft, attention_mask=mask, position_ids=positions, **{CACHE: state.cache.cache}, use_cache=True
         ).logits
         self._adopt()
         return logits
@@ -76,7 +77,7 @@ class Passes:
             input_ids=ids,
             attention_mask=None if self.mask is None else self.mask[:, : state.cache.length + n],
             position_ids=(state.position + behind).clamp_min(0),  # (B, n)
-            past_key_values=state.cache.cache,
+            **{CACHE: state.cache.cache},
             use_cache=True,
             **({"logits_to_keep": keep} if self.keeps_logits else {}),
         ).logits

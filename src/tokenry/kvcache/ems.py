@@ -108,7 +108,7 @@ class EMSCache(CompressedCache):
         >>> model, tokenizer = load_model("small")
         >>> inputs = tokenizer("It was the best of times, it was the worst of times, " * 4, return_tensors="pt")
         >>> cache = EMSCache(config=model.config, budget=24, window=8)
-        >>> out = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        >>> out = model.generate(**inputs, cache=cache, max_new_tokens=4, do_sample=False)
         >>> cache.layers[0].stored, cache.get_seq_length() == out.shape[1] - 1
         (27, True)
     """

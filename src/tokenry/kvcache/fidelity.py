@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from tokenry.layers.cache_argument import CACHE
+
 __all__ = ["Fidelity", "cache_fidelity", "next_logits"]
 
 
@@ -50,8 +52,8 @@ def next_logits(model: PreTrainedModel, tokens: Tensor, context: int, cache: Cac
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     tokens = tokens.to(model.device)
-    model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
-    return model(tokens[:, context:-1], past_key_values=cache).logits
+    model(tokens[:, :context], **{CACHE: cache}, logits_to_keep=1)
+    return model(tokens[:, context:-1], **{CACHE: cache}).logits
 
 
 def cache_fidelity(

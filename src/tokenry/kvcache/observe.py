@@ -3,7 +3,7 @@
 A cache layer is given keys and values, never queries. In ``transformers`` an attention module updates the cache and
 then, as its next step, looks up the attention function under the name in its config:
 
-    keys, values = past_key_values.update(keys, values, layer_idx)
+    keys, values = cache.update(keys, values, layer_idx)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
 
 So ``update`` can ask for the queries of exactly this call: it puts the name of an observing function into the config,

@@ -1,3 +1,4 @@
+from .cache_argument import CACHE as CACHE
 from .mlp import ChannelMLP as ChannelMLP
 from .mlp import MLPHead as MLPHead
 from .norms import GroupNorm1 as GroupNorm1

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tokenry.layers.cache_argument import CACHE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,8 +144,8 @@ def continue_texts(
         ids = torch.tensor(encoded[begin : begin + batch_size], device=model.device)  # (B, prompt_tokens)
         step, past = ids, None
         for _ in range(new_tokens):
-            out = model(input_ids=step, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(input_ids=step, **{CACHE: past}, use_cache=True)
+            past = out[CACHE]
             logits = out.logits[:, -1].float() / temperature  # (B, V)
             probs = logits.index_fill(-1, special[special < logits.shape[-1]], float("-inf")).softmax(-1)
             step = torch.multinomial(probs.cpu(), 1, generator=generator).to(ids.device)  # (B, 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenry.assets import held_out_texts, load_model
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.layers.cache_argument import CACHE
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave
 
@@ -282,12 +283,12 @@ def _times(model: Any, names: list[str], budget: int, plan: dict[str, Any], opti
     def read(name: str) -> None:
         caches[name] = make_cache(name, network.config, budget, plan["window"])
         with torch.inference_mode():
-            network(ids, past_key_values=caches[name], logits_to_keep=1)
+            network(ids, **{CACHE: caches[name]}, logits_to_keep=1)
 
     def step(name: str) -> None:
         with torch.inference_mode():
             for _ in range(STEPS):
-                network(ids[:, :1], past_key_values=caches[name])
+                network(ids[:, :1], **{CACHE: caches[name]})
 
     reading = interleave(
         {name: partial(read, name) for name in names}, repeats=options.repeats, warmup=1, device=options.device
@@ -320,7 +321,7 @@ def _examples(model: Any, names: list[str], budget: int, plan: dict[str, Any], o
         out = network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=24,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
