@@ -63,7 +63,7 @@ def test_own_model_and_prompts_in_a_batch(tmp_path):
     assert [row["method"] for row in result.outcome.rows] == [GREEDY, "token recycling, auto"]
     assert all(row["identical"] == 100 for row in result.outcome.rows)
     notes = " ".join(result.outcome.notes)
-    assert "batch of one only" in notes
+    assert "a batch of one only" in notes
     assert "draft model with the same tokenizer" in notes
 
 

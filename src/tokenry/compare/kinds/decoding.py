@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenry.assets import load_model, model_path, prompts
+from tokenry.assets import load_model, prompts
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY, Bench, Contender, Ready
 from tokenry.measure.counting import peak_activations
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave, peak_extra_memory
 
 __all__ = ["Decoding", "read_prompts"]
 
-GREEDY, LOOKUP, ASSISTED = "greedy generate", "prompt lookup", "assisted generation"
-ZERO, COLD, HOT, AUTO = "zero-node tree", "token recycling, cold", "token recycling, hot", "token recycling, auto"
-SINGLE = (LOOKUP, ASSISTED)  # the library allows a batch of one only
-WARM_PROMPTS = 4  # prompts that fill a hot table; never the measured ones
+WARM_PROMPTS = 4  # prompts that methods may learn from; never the measured ones
 
 
 def read_prompts(path: str) -> list[str]:
@@ -48,17 +46,6 @@ def read_prompts(path: str) -> list[str]:
     return found
 
 
-@dataclass
-class _Bench:
-    """The model, the encoded prompts, and a call per method."""
-
-    model: Any
-    tokenizer: Any
-    batches: list[Any]
-    calls: dict[str, Callable[[Any, int], Any]]
-    strategies: dict[str, Any]
-
-
 class Decoding(Comparison):
     """Which way of generating gives the model's own greedy text fastest?"""
 
@@ -68,6 +55,7 @@ class Decoding(Comparison):
     baseline = GREEDY
     columns: ClassVar = [
         Column(key="identical", title="Text identical", unit="%", better="higher"),
+        Column(key="perplexity", title="Perplexity of the new text under the model", better="lower"),
         Column(key="passes", title="Passes of the model", better="lower"),
         Column(key="accepted", title="Accepted length", unit="tokens/pass", better="higher"),
         Column(key="speed", title="Speed", unit="x greedy", better="higher"),
@@ -83,7 +71,7 @@ class Decoding(Comparison):
 
     def methods(self) -> list[str]:
         """Stock generate first, then the library's own speculation, then ours."""
-        return [GREEDY, ZERO, LOOKUP, ASSISTED, COLD, HOT, AUTO]
+        return [contender.name for contender in CONTENDERS]
 
     def check(self, options: Options) -> None:
         """Refuse bad options; reads the prompts' file but loads no model."""
@@ -114,31 +102,30 @@ class Decoding(Comparison):
     def run(self, options: Options, session: Session) -> Outcome:
         """Text and passes per method, then timed turns, then growth over the number of new tokens."""
         chosen, warm, new, sweep, repeats = self._plan(options)
-        names, notes = self._eligible(options)
-        bench: list[_Bench] = []
+        contenders, notes = self._eligible(options)
+        names = [contender.name for contender in contenders]
+        made: list[tuple[Bench, dict[str, Ready]]] = []
 
-        def get() -> _Bench:
-            if not bench:
-                bench.append(self._bench(options, chosen, warm, new, names))
-            return bench[0]
+        def bench() -> tuple[Bench, dict[str, Ready]]:
+            if not made:
+                made.append(self._bench(options, chosen, warm, new, contenders))
+            return made[0]
 
-        texts = {n: session.step(f"text/{n}", lambda n=n: self._text(get(), n, new, options.device)) for n in names}
+        texts = {n: session.step(f"text/{n}", lambda n=n: self._text(*bench(), n, new, options.device)) for n in names}
         turns = []
         for turn in range(repeats):
-            first = len(bench) == 0 or turn == 0
-            turns.append(
-                session.step(f"time/{turn}", lambda first=first: self._turn(get(), names, new, options.device, first))
-            )
-        points = {n: [] for n in names}
+            first = not made or turn == 0
+            turns.append(session.step(f"time/{turn}", lambda first=first: self._turn(*bench(), new, first)))
+        points: dict[str, list[tuple[float, float]]] = {n: [] for n in names}
         for size in sweep:
-            step = session.step(f"sweep/{size}", lambda size=size: self._growth(get(), names, size, options.device))
+            step = session.step(f"sweep/{size}", lambda size=size: self._growth(*bench(), size))
             for n in names:
                 points[n].append((float(size), step[n]))
-        rows = [self._row(n, texts, turns, notes) for n in names]
+        rows = [self._row(contender, texts, turns, notes) for contender in contenders]
         notes += self._losses(rows)
         exponents = {n: round(fit_exponent(*zip(*p, strict=True)), 3) for n, p in points.items() if len(p) > 1}
-        example = {"Prompt": chosen[0], GREEDY: texts[GREEDY]["example"]}
-        example |= {n: texts[n]["example"] for n in names if n in (HOT, AUTO)}
+        examples = {"Prompt": chosen[0], GREEDY: texts[GREEDY]["example"]}
+        examples |= {n: t["example"] for n, t in texts.items() if t["example"] != examples[GREEDY]}
         growth = Sweep(
             title="Time over the number of new tokens",
             x="new tokens",
@@ -147,31 +134,27 @@ class Decoding(Comparison):
             exponents=exponents,
             caption="One prompt; the exponent is fitted to the larger half of the sizes.",
         )
-        return Outcome(rows=rows, sweeps=[growth], notes=notes, examples=example)
+        return Outcome(rows=rows, sweeps=[growth], notes=notes, examples=examples)
 
-    def _eligible(self, options: Options) -> tuple[list[str], list[str]]:
-        names, notes = self.chosen(options), []
-        draft = (model_path("draft") / "config.json").exists()
-        if ASSISTED in names and (options.model is not None or not draft):
-            names.remove(ASSISTED)
-            why = (
-                "needs a draft model with the same tokenizer"
-                if options.model
-                else "the embedded draft model is not there"
-            )
-            notes.append(f"{ASSISTED} was left out: {why}.")
-        if self.setting(options, "batch_size") > 1 and any(n in names for n in SINGLE):
-            left = [n for n in names if n in SINGLE]
-            names = [n for n in names if n not in SINGLE]
-            notes.append(f"{' and '.join(left)}: left out, the library allows a batch of one only.")
+    def _eligible(self, options: Options) -> tuple[list[Contender], list[str]]:
+        """Who takes part, and why the others do not."""
+        names, notes, found = self.chosen(options), [], []
+        for contender in (c for c in CONTENDERS if c.name in names):
+            why = contender.missing(options)
+            if not why and contender.single and self.setting(options, "batch_size") > 1:
+                why = "takes a batch of one only"
+            if why:
+                notes.append(f"{contender.name} was left out: {why}.")
+            else:
+                found.append(contender)
         if options.effort == "demo":
             notes.append("Demonstration: few prompts, short texts, few turns; `effort=full` is the measurement.")
-        return names, notes
+        return found, notes
 
-    def _bench(self, options: Options, chosen: list[str], warm: list[str], new: int, names: list[str]) -> _Bench:
+    def _bench(
+        self, options: Options, chosen: list[str], warm: list[str], new: int, contenders: list[Contender]
+    ) -> tuple[Bench, dict[str, Ready]]:
         import torch
-
-        from tokenry.decoding import TokenRecycling
 
         torch.manual_seed(options.seed)
         loaded: Any = load_model(options.model or "small", dtype=options.dtype, device=options.device)
@@ -187,66 +170,39 @@ class Decoding(Comparison):
 
         size = self.setting(options, "batch_size")
         batches = [encode(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        assistant = load_model("draft", dtype=options.dtype, device=options.device)[0] if ASSISTED in names else None
-        strategies: dict[str, Any] = {ZERO: TokenRecycling(tree=0), COLD: TokenRecycling(tree=None)}
-        strategies |= {HOT: TokenRecycling(tree=None), AUTO: TokenRecycling()}
-        strategies = {n: s for n, s in strategies.items() if n in names}
-        tables = {}
-        for name in (HOT, AUTO):
-            if name in strategies:
-                for prompt in warm:
-                    model.generate(
-                        **encode([prompt]), custom_generate=strategies[name], max_new_tokens=new, do_sample=False
-                    )
-                if strategies[name].matrix is not None:
-                    tables[name] = strategies[name].matrix.table.clone()
+        bench = Bench(model, tokenizer, batches, [encode([prompt]) for prompt in warm], new, options)
+        return bench, {contender.name: contender.prepare(bench) for contender in contenders}
 
-        def call(name: str, batch: Any, count: int) -> Any:
-            extra: dict[str, Any] = {}
-            if name in strategies:
-                extra["custom_generate"] = strategies[name]
-            elif name == LOOKUP:
-                extra["prompt_lookup_num_tokens"] = 10
-            elif name == ASSISTED:
-                extra["assistant_model"] = assistant
-            matrix = strategies[name].matrix if name in strategies else None
-            if matrix is not None and name == COLD:
-                matrix.reset()  # every prompt starts cold
-            elif matrix is not None and name in tables:
-                matrix.table.copy_(tables[name])  # filled by other prompts, never by these
-            return model.generate(**batch, max_new_tokens=count, do_sample=False, **extra)
-
-        return _Bench(
-            model, tokenizer, batches, {n: lambda batch, count, n=n: call(n, batch, count) for n in names}, strategies
-        )
-
-    def _text(self, bench: _Bench, name: str, new: int, device: str) -> dict[str, Any]:
+    def _text(self, bench: Bench, ready: dict[str, Ready], name: str, new: int, device: str) -> dict[str, Any]:
         """Ids, passes and memory of one method over all prompts."""
         from tokenry.decoding import DecodingStats
 
-        passes, ids, runs = 0, [], []
+        passes, ids, runs, nats = 0, [], [], 0.0
         stops = bench.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
+        method = ready[name]
 
         def count(*_: object) -> None:
             nonlocal passes
             passes += 1
 
-        hook = bench.model.register_forward_pre_hook(count)
-        try:
-            for batch in bench.batches:
-                out = bench.calls[name](batch, new)[:, batch["input_ids"].shape[1] :]
-                ids += [_until_stop(row, stops) for row in out.tolist()]
-                if name in bench.strategies:
-                    runs.append(bench.strategies[name].stats)
-        finally:
-            hook.remove()
+        for batch in bench.batches:
+            hook = bench.model.register_forward_pre_hook(count)
+            try:
+                out = method.run(batch, new)
+            finally:
+                hook.remove()
+            found = [_until_stop(row, stops) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
+            nats += sum(_surprise(bench.model, batch, row, new_ids) for row, new_ids in enumerate(found))
+            ids += found
+            if method.strategy is not None:
+                runs.append(method.strategy.stats)
         tokens = sum(map(len, ids))
         total = DecodingStats.total(runs)
         if device.startswith("cuda"):
-            memory = peak_extra_memory(lambda: bench.calls[name](bench.batches[0], new), device=device)
+            memory = peak_extra_memory(lambda: method.run(bench.batches[0], new), device=device)
         else:
-            memory = peak_activations(lambda: bench.calls[name](bench.batches[0], min(new, 8)))
+            memory = peak_activations(lambda: method.run(bench.batches[0], min(new, 8)))
         return {
             "ids": ids,
             "passes": passes,
@@ -256,58 +212,76 @@ class Decoding(Comparison):
             else tokens / passes / max(1, len(bench.batches[0]["input_ids"])),
             "nodes": total.mean_nodes if runs else None,
             "memory": memory / 2**20,
+            "perplexity": math.exp(nats / tokens) if tokens else None,
             "example": bench.tokenizer.decode(ids[0], skip_special_tokens=True),
         }
 
-    def _turn(self, bench: _Bench, names: list[str], new: int, device: str, first: bool) -> dict[str, float]:
+    def _turn(self, bench: Bench, ready: dict[str, Ready], new: int, first: bool) -> dict[str, float]:
         """Seconds of every method over all prompts, one turn each."""
 
-        def all_prompts(name: str) -> Callable[[], None]:
+        def all_prompts(method: Ready) -> Callable[[], None]:
             def go() -> None:
                 for batch in bench.batches:
-                    bench.calls[name](batch, new)
+                    method.run(batch, new)
 
             return go
 
         if first:
-            for name in names:
-                bench.calls[name](bench.batches[0], min(new, 16))
-        timings = interleave({n: all_prompts(n) for n in names}, repeats=1, warmup=0, device=device)
+            for method in ready.values():
+                method.run(bench.batches[0], min(new, 16))
+        functions = {name: all_prompts(method) for name, method in ready.items()}
+        timings = interleave(functions, repeats=1, warmup=0, device=bench.options.device)
         return {n: t.median for n, t in timings.items()}
 
-    def _growth(self, bench: _Bench, names: list[str], size: int, device: str) -> dict[str, float]:
+    def _growth(self, bench: Bench, ready: dict[str, Ready], size: int) -> dict[str, float]:
         """Seconds for ``size`` new tokens of the first prompt."""
-        functions = {n: lambda n=n: bench.calls[n](bench.batches[0], size) for n in names}
-        return {n: t.median for n, t in interleave(functions, repeats=3, warmup=0, device=device).items()}
+        functions = {n: lambda method=method: method.run(bench.batches[0], size) for n, method in ready.items()}
+        timings = interleave(functions, repeats=3, warmup=0, device=bench.options.device)
+        return {n: t.median for n, t in timings.items()}
 
-    def _row(self, name: str, texts: dict[str, Any], turns: list[dict[str, float]], notes: list[str]) -> dict[str, Any]:
+    def _row(
+        self, contender: Contender, texts: dict[str, Any], turns: list[dict[str, float]], notes: list[str]
+    ) -> dict[str, Any]:
+        name = contender.name
         mine, plain = texts[name], texts[GREEDY]
         same = [a == b for a, b in zip(mine["ids"], plain["ids"], strict=True)]
         ratios = [turn[GREEDY] / turn[name] for turn in turns]
         rates = [mine["tokens"] / turn[name] for turn in turns]
-        if not all(same):
+        if not contender.lossless:
+            notes.append(f"{name} changes the text by design; its perplexity says what that costs.")
+        elif not all(same):
             notes.append(
                 f"{name}: {same.count(False)} of {len(same)} texts differ from greedy generate "
                 "(in bfloat16 and float16 near-ties may flip; in float32 they should not)."
             )
         row = {
             "method": name,
+            "slug": contender.slug,
             "identical": 100 * sum(same) / len(same),
-            "passes": mine["passes"],
-            "accepted": mine["accepted"],
             "speed": statistics.median(ratios),
             "tokens_per_second": statistics.median(rates),
-            "nodes": mine["nodes"],
-            "memory": mine["memory"],
+            **{key: mine[key] for key in ("perplexity", "passes", "accepted", "nodes", "memory")},
         }
         if len(turns) > 1:
             row["speed_spread"] = statistics.stdev(ratios)
             row["tokens_per_second_spread"] = statistics.stdev(rates)
-        return row | ({"slug": "token-recycling"} if name in (COLD, HOT, AUTO) else {})
+        return {key: value for key, value in row.items() if key != "slug" or value is not None}
 
     def _losses(self, rows: list[dict[str, Any]]) -> list[str]:
         slower = [f"{row['method']} ({row['speed']:.2f} x)" for row in rows if row["speed"] < 0.95]
         return [f"Slower than greedy generate here: {', '.join(slower)}."] if slower else []
+
+
+def _surprise(model: Any, batch: dict[str, Any], row: int, new_ids: list[int]) -> float:
+    """Nats of ``new_ids`` after the batch's prompt number ``row``, in one plain pass of the model."""
+    import torch
+
+    prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    following = torch.tensor(new_ids, device=prompt.device, dtype=torch.long)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([prompt, following])[None, :-1], use_cache=False).logits[0]
+    likely = logits[len(prompt) - 1 :].float().log_softmax(-1)
+    return -likely.gather(1, following[:, None]).sum().item()
 
 
 def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
