@@ -18,6 +18,10 @@ from .ems import merge_classes as merge_classes
 from .fidelity import Fidelity as Fidelity
 from .fidelity import cache_fidelity as cache_fidelity
 from .fidelity import next_logits as next_logits
+from .fidelity import reading_fidelity as reading_fidelity
+from .reading_baselines import OwnTopReading as OwnTopReading
+from .reading_baselines import RandomReading as RandomReading
+from .reading_baselines import RecentReading as RecentReading
 from .scores import AttentionSum as AttentionSum
 from .scores import GlobalAttention as GlobalAttention
 from .scores import GlobalLocal as GlobalLocal
@@ -26,3 +30,12 @@ from .scores import Recency as Recency
 from .scores import global_local_score as global_local_score
 from .scores import global_score as global_score
 from .scores import local_score as local_score
+from .sparse_reading import DecodeCall as DecodeCall
+from .sparse_reading import ReadingRule as ReadingRule
+from .sparse_reading import SparseReading as SparseReading
+from .sparse_reading import full_attention_layers as full_attention_layers
+from .sparse_reading import read_sparsely as read_sparsely
+from .tidaldecode import Calibration as Calibration
+from .tidaldecode import TidalReading as TidalReading
+from .tidaldecode import calibrate as calibrate
+from .tidaldecode import tidal as tidal

@@ -6,11 +6,16 @@ Per passage, over the T tokens that follow a context of N tokens:
 
 with ``p_full`` from the full cache and ``p_cache`` from the same model whose cache was cut after the context. The
 true text is fed, so that both read the same words.
+
+``reading_fidelity`` does the same for methods that keep the whole cache and read a part of it in each step. These
+differ from the model only where one token is decoded at a time, so the T tokens are fed one by one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tokenry.layers.cache_argument import CACHE
 
-__all__ = ["Fidelity", "cache_fidelity", "next_logits"]
+__all__ = ["Fidelity", "cache_fidelity", "next_logits", "reading_fidelity"]
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,74 @@ def cache_fidelity(
     Raises:
         ValueError: ``context`` leaves nothing to read or nothing to predict.
     """
-    if tokens.ndim != 2 or not 2 <= context <= tokens.shape[1] - 2:
-        raise ValueError(
-            f"passages of shape {tuple(tokens.shape)} need a context of 2 to {tokens.shape[-1] - 2} tokens, got {context}"
-        )
+    _check(tokens, context)
     makers: dict[str, Callable[[], Cache | None]] = {"full": lambda: None, **caches}
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in makers}
+    parts: dict[str, list[Fidelity]] = {name: [] for name in makers}
     for rows in tokens.to(model.device).split(batch_size):
-        truth = rows[:, context + 1 :, None]  # [b, T - 1, 1]: what follows each token that is fed
         expected = None
         for name, make in makers.items():
             found = next_logits(model, rows, context, make()).float().log_softmax(-1)  # [b, T - 1, V]
             expected = found if expected is None else expected
-            kl = (expected.exp() * (expected - found)).sum(-1)
-            same = expected.argmax(-1) == found.argmax(-1)
-            loss = -found.gather(-1, truth)[..., 0]
-            mean_kl, mean_same, mean_loss = (x.double().mean(1).cpu() for x in (kl, same, loss))
-            parts[name].append((mean_kl, mean_same, mean_loss))
-    return {name: Fidelity(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items()}
+            parts[name].append(_fidelity(expected, found, rows[:, context + 1 :]))
+    return {name: _join(found) for name, found in parts.items()}
+
+
+@torch.inference_mode()
+def reading_fidelity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    context: int,
+    readings: Mapping[str, Callable[[], AbstractContextManager[object]]],
+    *,
+    batch_size: int = 8,
+) -> dict[str, Fidelity]:
+    """Compare ways to read the cache while decoding with full attention, on the same passages.
+
+    Args:
+        model: A causal language model.
+        tokens: ``[P, N + T]`` int64 passages without padding.
+        context: ``N``, tokens read at once and with full attention; at least 2. At least 2 must follow.
+        readings: Name to a function that makes the context in which tokens are decoded:
+            ``lambda: tidal(model, budget=64)``.
+        batch_size: Passages at a time.
+
+    Returns:
+        A ``Fidelity`` per name, and under ``"full"`` that of full attention (divergence 0, agreement 1).
+
+    Raises:
+        ValueError: ``context`` leaves nothing to read or nothing to predict.
+    """
+    _check(tokens, context)
+    makers: dict[str, Callable[[], AbstractContextManager[object]]] = {"full": nullcontext, **readings}
+    parts: dict[str, list[Fidelity]] = {name: [] for name in makers}
+    for rows in tokens.to(model.device).split(batch_size):
+        after_context = DynamicCache(config=model.config)
+        model(rows[:, :context], **{CACHE: after_context}, logits_to_keep=1)
+        expected = None
+        for name, make in makers.items():
+            cache = copy.deepcopy(after_context)
+            with make():
+                steps = [model(token, **{CACHE: cache}).logits for token in rows[:, context:-1].split(1, dim=1)]
+            found = torch.cat(steps, dim=1).float().log_softmax(-1)  # [b, T - 1, V]
+            expected = found if expected is None else expected
+            parts[name].append(_fidelity(expected, found, rows[:, context + 1 :]))
+    return {name: _join(found) for name, found in parts.items()}
+
+
+def _check(tokens: Tensor, context: int) -> None:
+    if tokens.ndim != 2 or not 2 <= context <= tokens.shape[1] - 2:
+        raise ValueError(
+            f"passages of shape {tuple(tokens.shape)} need a context of 2 to {tokens.shape[-1] - 2} tokens, got {context}"
+        )
+
+
+def _fidelity(expected: Tensor, found: Tensor, truth: Tensor) -> Fidelity:
+    """Figures of some passages from log probabilities ``[b, T - 1, V]`` and the tokens that follow ``[b, T - 1]``."""
+    kl = (expected.exp() * (expected - found)).sum(-1)
+    same = expected.argmax(-1) == found.argmax(-1)
+    loss = -found.gather(-1, truth[..., None])[..., 0]
+    return Fidelity(*(x.double().mean(1).cpu() for x in (kl, same, loss)))
+
+
+def _join(parts: list[Fidelity]) -> Fidelity:
+    return Fidelity(*(torch.cat([getattr(p, n) for p in parts]) for n in ("divergence", "agreement", "loss")))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["AttentionCall", "Observer", "check_observed", "forget", "observe_next_attention"]
+__all__ = ["AttentionCall", "Observer", "check_observed", "forget", "observe_next_attention", "own_attention"]
 
 PREFIX = "tokenry_observed_"
 _waiting = threading.local()
@@ -125,7 +125,7 @@ def _observing(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         config = module.config if request is None else request.config
         if isinstance(config, PreTrainedConfig):
             forget(config)
-        own = _own_attention(module, name)
+        own = own_attention(module, name)
         output = own(module, query, key, value, attention_mask, *args, **kwargs)
         observer = None if request is None else request.observer()
         if request is not None and observer is not None and request.stored == key.shape[-2]:
@@ -135,7 +135,7 @@ def _observing(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-def _own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def own_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that the module would have called; ``eager`` lives beside the module's own code."""
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
