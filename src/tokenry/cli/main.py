@@ -13,6 +13,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 import tokenry
+from tokenry.cli.audit import audit
+from tokenry.cli.batch import batch
 from tokenry.cli.detect import detect
 from tokenry.cli.mixture import mixture
 
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(mixture)
 app.command()(detect)
+app.command()(audit)
+app.command()(batch)
 
 console = Console()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

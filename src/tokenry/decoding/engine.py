@@ -152,6 +152,10 @@ class DraftStrategy:
     def observe_prompt(self, state: DecodingState, ids: Tensor, logits: Tensor) -> None:
         """The prompt but its last token ``(B, N)``, and its logits ``(B, N, V)``, if ``wants_prompt_logits``."""
 
+    def passes(self, state: DecodingState, mask: Tensor | None) -> Passes:
+        """What turns a draft into the logits that decide: passes of the model, unless a strategy asks others too."""
+        return Passes(state.model, state, mask)
+
     def propose(self, state: DecodingState) -> Proposal:
         """The draft for the next pass; ``Proposal(DraftTree.chain(0), state.root)`` is plain decoding."""
         raise NotImplementedError(f"{type(self).__name__} must override propose")
@@ -213,15 +217,15 @@ def decode(
     _check(model, input_ids, config, model_kwargs)
     began = time.perf_counter()
     stopping = RowStopping(stopping_criteria)
-    state, pending, mask = _start(model, input_ids, logits_processor, config, stopping.max_length, model_kwargs)
+    state, pending, mask = start_decoding(model, input_ids, logits_processor, config, stopping.max_length, model_kwargs)
     processors = RowProcessors(state)
     plain_greedy = not state.do_sample and not logits_processor
-    keep = _Kept(config)
+    keep = KeptScores(config)
     strategy.stats = state.stats
     if streamer is not None:
         streamer.put(input_ids.cpu())
     streamed = input_ids.shape[1]
-    runner = Passes(model, state, mask)
+    runner = strategy.passes(state, mask)
     with torch.no_grad():
         try:
             strategy.begin(state)
@@ -249,7 +253,7 @@ def decode(
                         draft_probs=proposal.draft_probs,
                         active=None if not any(state.finished) else [not f for f in state.finished],
                     )
-                done = _commit(state, accepted, logits, stopping, keep)
+                done = commit(state, accepted, logits, stopping, keep)
                 if streamer is not None:
                     streamed = _stream(streamer, state, streamed)
                 if done:
@@ -292,6 +296,11 @@ def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, 
             "output_attentions and output_hidden_states have no meaning per token in a tree pass; leave them off"
         )
     attention = model.config._attn_implementation
+    if attention.startswith("tokenry_"):
+        raise ValueError(
+            "draft trees need the model's own attention in every pass; leave the context that exchanged it (sparse reading "
+            "of the cache) before generating with drafts"
+        )
     if attention not in ("sdpa", "eager"):
         raise ValueError(
             f"attn_implementation={attention!r} cannot take the mask of a draft tree; load the model with "
@@ -304,7 +313,7 @@ def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, 
         raise ValueError(f"draft trees need a DynamicCache, got {type(cache).__name__}; leave {CACHE} unset")
 
 
-def _start(
+def start_decoding(
     model: PreTrainedModel,
     input_ids: Tensor,
     processors: LogitsProcessorList,
@@ -363,7 +372,7 @@ def _start(
     return state, pending, mask
 
 
-def _commit(state: DecodingState, accepted: Accepted, logits: Tensor, stopping: RowStopping, keep: _Kept) -> bool:
+def commit(state: DecodingState, accepted: Accepted, logits: Tensor, stopping: RowStopping, keep: KeptScores) -> bool:
     """Take the accepted tokens over, clipped; returns whether every row is done."""
     rows = state.batch_size
     counts, done = [0] * rows, list(state.finished)
@@ -422,7 +431,7 @@ def _stream(streamer: BaseStreamer, state: DecodingState, streamed: int) -> int:
     return max(streamed, reached)
 
 
-class _Kept:
+class KeptScores:
     """Scores and logits of the emitted tokens, where ``generate`` was asked for them."""
 
     def __init__(self, config: GenerationConfig) -> None:

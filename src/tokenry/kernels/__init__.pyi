@@ -9,5 +9,11 @@ from .linear_cross_entropy import CHUNKED as CHUNKED
 from .linear_cross_entropy import LinearNLL as LinearNLL
 from .linear_cross_entropy import Plan as Plan
 from .linear_cross_entropy import dense_nll as dense_nll
+from .partial_attention import merge_partial_attention as merge_partial_attention
+from .partial_attention import partial_attention as partial_attention
+from .sparse_decode_attention import decode_scores as decode_scores
+from .sparse_decode_attention import full_attention_and_top as full_attention_and_top
+from .sparse_decode_attention import sparse_decode_attention as sparse_decode_attention
+from .sparse_decode_attention import top_positions as top_positions
 from .tree_attention import TreeMask as TreeMask
 from .tree_attention import tree_mask as tree_mask

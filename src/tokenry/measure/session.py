@@ -62,7 +62,11 @@ class Session:
     def _read(self) -> dict[str, Any]:
         results: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            text = self.path.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n")  # end the half line of a killed run, or the next step would be lost with it
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:

@@ -6,12 +6,13 @@ model, trained prompts) says so, and is left out with that reason instead of fai
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tokenry.assets import load_model
+from tokenry.assets import load_model, model_path
 from tokenry.compare.kind import Options
 
 if TYPE_CHECKING:
@@ -138,6 +139,75 @@ def _recycling(*, hot: bool, tree: Any) -> Callable[[Bench], Ready]:
     return prepare
 
 
+def _tuned_sorted(bench: Bench) -> Ready:
+    """The embedded sorted draft, with thresholds and draft length tuned on the other prompts."""
+    from tokenry.decoding import SortedDraft, tune
+
+    draft = SortedDraft.from_pretrained()
+    draft.to(device=bench.model.device, dtype=bench.model.dtype)
+    best = tune(draft, bench.model, bench.warm, new_tokens=min(bench.new_tokens, 48), repeats=2)
+    strategy = best.strategy()
+    return Ready(lambda batch, count: bench.generate(batch, count, custom_generate=strategy), strategy)
+
+
+def _prompts(bench: Bench) -> Any:
+    from tokenry.decoding import ParallelPromptDecoding, ParallelPrompts
+
+    return ParallelPromptDecoding(ParallelPrompts.from_pretrained(model_path() / "parallel_prompts"))
+
+
+def _collaborating(bench: Bench) -> Ready:
+    """The draft model writes, the model under test checks every round."""
+    from tokenry.decoding import collaborate
+
+    strategy = collaborate(bench.model, "speculative")
+
+    def run(batch: Batch, count: int) -> Tensor:
+        return bench.draft.generate(**batch, max_new_tokens=count, do_sample=False, custom_generate=strategy)
+
+    return Ready(run, strategy)
+
+
+def _together(bench: Bench) -> Ready:
+    """All prompts of a batch at once, without padding; what they have in common is computed once."""
+    import torch
+
+    from tokenry.decoding import batch_generate
+
+    def run(batch: Batch, count: int) -> Tensor:
+        given = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        rows = [ids[real].tolist() for ids, real in given]
+        outs, _ = batch_generate(bench.model, rows, count, do_sample=False)
+        new = [out[len(row) :] for out, row in zip(outs, rows, strict=True)]
+        padded = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=bench.tokenizer.pad_token_id)
+        return torch.cat([batch["input_ids"], padded], 1)
+
+    return Ready(run)
+
+
+def _superposed(bench: Bench) -> Ready:
+    """Three drafts, of which the best one counts here."""
+    from tokenry.decoding import SuperposedDecoding
+
+    strategy = SuperposedDecoding(num_drafts=3)
+    return Ready(lambda batch, count: bench.generate(batch, count, custom_generate=strategy)[:, 0], strategy)
+
+
+def _skipping(bench: Bench) -> Ready:
+    """Three quarters of the layers on average; the model was not fine-tuned for it."""
+    from tokenry.decoding import SkipSchedule, decoder_blocks, skip_decode
+
+    schedule = SkipSchedule.for_speedup(len(decoder_blocks(bench.model)), 4 / 3)
+
+    def run(batch: Batch, count: int) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="this model was not fine-tuned")
+            with skip_decode(bench.model, schedule):
+                return bench.generate(batch, count)
+
+    return Ready(run)
+
+
 def _zero(bench: Bench) -> Any:
     from tokenry.decoding import TokenRecycling
 
@@ -152,4 +222,10 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("token recycling, cold", _recycling(hot=False, tree=None), "token-recycling"),
     Contender("token recycling, hot", _recycling(hot=True, tree=None), "token-recycling"),
     Contender("token recycling, auto", _recycling(hot=True, tree="auto"), "token-recycling"),
+    Contender("parallel prompts", _strategy(_prompts), "ppd", missing=_needs_embedded("prompts trained (scripts/train_parallel_prompts.py)")),
+    Contender("sorted draft, tuned", _tuned_sorted, "s2d", missing=_needs_embedded("a sorted draft trained")),
+    Contender("small and large model, speculative", _collaborating, "fs-gen", missing=_needs_embedded("a small model with the same tokenizer")),
+    Contender("batch_generate", _together, "batchllm"),
+    Contender("superposed, best of 3 drafts", _superposed, "superposed-decoding", lossless=False),
+    Contender("3/4 of the layers, not fine-tuned", _skipping, "skipdecode", lossless=False),
 )  # fmt: skip

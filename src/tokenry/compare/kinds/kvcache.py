@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +25,9 @@ __all__ = ["KVCache"]
 
 FULL = "full cache"
 EMS = "EMS"
-SLUGS = {EMS: "ems", "EMS, no merging": "ems"}
+TIDAL = "TidalDecode, read only"
+START = 1  # the first layer that selects
+SLUGS = {EMS: "ems", "EMS, no merging": "ems", TIDAL: "tidaldecode"}
 STEPS = 8  # tokens per timed call
 
 
@@ -44,11 +47,32 @@ def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) ->
         "sinks and recent": lambda: kvcache.SinkCache(config, budget),
         "sliding window": lambda: kvcache.SlidingWindowCache(config, budget),
     }
-    return makers[name]()
+    return makers[FULL if name in READ_ONLY else name]()
 
 
+def reads_as(name: str, model: Any, budget: int) -> AbstractContextManager[Any]:
+    """The context in which the method ``name`` decodes; nothing for those that are caches."""
+    return readings(model, budget)[name]() if name in READ_ONLY else nullcontext()
+
+
+def readings(model: Any, budget: int) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Ways to read ``budget`` entries of a full cache in each step; all read everything where TidalDecode does."""
+    from tokenry.kvcache import OwnTopReading, RecentReading, full_attention_layers, read_sparsely, tidal
+
+    layers = full_attention_layers(model)
+    start = layers[min(START, len(layers) - 1)]
+    full = frozenset(layer for layer in layers if layer <= start)
+    return {
+        TIDAL: lambda: tidal(model, budget, start, -1),
+        "window, read only": lambda: read_sparsely(model, RecentReading(budget, full)),
+        "each layer's own best, read only": lambda: read_sparsely(model, OwnTopReading(budget, full)),
+    }
+
+
+READ_ONLY = [TIDAL, "window, read only", "each layer's own best, read only"]
 NAMES = [
     FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV-like (local)", "sinks and recent", "sliding window",
+    *READ_ONLY,
 ]  # fmt: skip
 
 
@@ -255,12 +279,18 @@ def _passages(model: Any, length: int, limit: int, options: Options) -> Tensor:
 def _predictions(
     model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options
 ) -> dict[str, dict[str, list[float]]]:
-    from tokenry.kvcache import cache_fidelity
+    from tokenry.kvcache import cache_fidelity, reading_fidelity
 
     found_model = model()[0]
     tokens = _passages(model, plan["context"] + plan["following"] + 1, plan["passages"], options)
-    makers = {n: partial(make_cache, n, found_model.config, budget, plan["window"]) for n in names if n != FULL}
+    evicting = [n for n in names if n != FULL and n not in READ_ONLY]
+    makers = {n: partial(make_cache, n, found_model.config, budget, plan["window"]) for n in evicting}
     found = cache_fidelity(found_model, tokens, plan["context"], makers)
+    sparse = {n: make for n, make in readings(found_model, budget).items() if n in names}
+    if sparse:
+        found |= {
+            n: f for n, f in reading_fidelity(found_model, tokens, plan["context"], sparse).items() if n in sparse
+        }
     found[FULL] = found.pop("full")
     return {
         name: {"kl": f.divergence.tolist(), "agreement": f.agreement.tolist(), "loss": f.loss.tolist()}
@@ -286,7 +316,7 @@ def _times(model: Any, names: list[str], budget: int, plan: dict[str, Any], opti
             network(ids, **{CACHE: caches[name]}, logits_to_keep=1)
 
     def step(name: str) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), reads_as(name, network, budget):
             for _ in range(STEPS):
                 network(ids[:, :1], **{CACHE: caches[name]})
 
@@ -318,14 +348,15 @@ def _examples(model: Any, names: list[str], budget: int, plan: dict[str, Any], o
     found = {"the end of the prompt": tokenizer.decode(ids[0, -48:])}
     for name in names:
         cache = make_cache(name, network.config, budget, plan["window"])
-        out = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            **{CACHE: cache},
-            max_new_tokens=24,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with reads_as(name, network, budget):
+            out = network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **{CACHE: cache},
+                max_new_tokens=24,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         found[name] = tokenizer.decode(out[0, ids.shape[1] :])
     return found
 
