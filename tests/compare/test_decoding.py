@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokenry.compare import compare
-from tokenry.compare.kinds.decoding import GREEDY, Decoding, read_prompts
+from tokenry.compare.kinds.decoding import Decoding, read_prompts
+from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY
 
 SMALL = {"prompts": 1, "new_tokens": 8, "sweep": "4,8"}
 
@@ -25,7 +26,11 @@ def test_compares_and_resumes(tmp_path, monkeypatch):
     assert result.outcome.rows[0]["method"] == GREEDY
     assert rows[GREEDY]["speed"] == 1.0
     assert rows[GREEDY]["accepted"] == pytest.approx(1.0)
-    assert all(row["identical"] == 100 for row in rows.values())
+    lossless = {contender.name for contender in CONTENDERS if contender.lossless}
+    assert set(rows) == {contender.name for contender in CONTENDERS}
+    assert all(row["identical"] == 100 for name, row in rows.items() if name in lossless)
+    assert all(row["perplexity"] == rows[GREEDY]["perplexity"] for name, row in rows.items() if name in lossless)
+    assert all(row["perplexity"] >= 1 for row in rows.values())
     assert rows["zero-node tree"]["accepted"] == 1.0
     assert rows["token recycling, hot"]["accepted"] >= 1.0
     assert set(result.outcome.sweeps[0].exponents) == set(rows)

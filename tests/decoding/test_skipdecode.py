@@ -246,6 +246,13 @@ def test_refuses_calls():
         pass
 
 
+def test_refuses_a_second_schedule_inside_the_first():
+    model = deep()
+    for inner in (lambda: skip_decode(model, SkipSchedule(4, 2)), lambda: skip_training(model, SkipSchedule(4, 2), 4)):
+        with skip_decode(model, SkipSchedule(5, 2)), pytest.raises(ValueError, match="already skips layers"), inner():
+            pass
+
+
 def test_refuses_training_without_prompt_lengths():
     model, ids = deep(), tokens(2, 8)
     with skip_training(model, SkipSchedule(5, 2), new_tokens=3):

@@ -192,6 +192,7 @@ def skip_decode(model: PreTrainedModel, schedule: SkipSchedule, new_tokens: int 
     blocks = decoder_blocks(model)
     schedule.check(len(blocks))
     _check_layers(model)
+    _check_free(blocks)
     if schedule.min_layers < len(blocks) and not getattr(model.config, "skip_schedule", None):
         warnings.warn(
             "this model was not fine-tuned with a skip schedule (tokenry.decoding.skip_training): expect its text to fall "
@@ -274,6 +275,7 @@ def skip_training(model: PreTrainedModel, schedule: SkipSchedule, new_tokens: in
     blocks = decoder_blocks(model)
     schedule.check(len(blocks))
     _check_layers(model)
+    _check_free(blocks)
     counts = torch.tensor(schedule.counts(new_tokens))
     runs = torch.zeros(len(blocks) + 1, len(blocks), dtype=torch.bool)  # [count, layer]
     for count in range(schedule.min_layers, schedule.max_layers + 1):
@@ -336,6 +338,12 @@ def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterato
             setattr(module, name, own)
 
 
+def _check_free(blocks: nn.ModuleList) -> None:
+    call = blocks[0].__dict__.get("forward")
+    if isinstance(call, partial) and call.func.__module__ == __name__:
+        raise ValueError("this model already skips layers: leave the other skip_decode or skip_training first")
+
+
 def _check_layers(model: PreTrainedModel) -> None:
     types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"])
     if types != {"full_attention"}:
@@ -360,12 +368,16 @@ def _lengths(model: PreTrainedModel, given: int | None, args: tuple, kwargs: dic
 
 def _check_call(kwargs: dict[str, Any]) -> None:
     """What ``generate`` must not be asked for."""
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name} cannot be used with skipped layers: a rejected draft cannot be taken back, its positions have run "
                 "fewer layers"
             )
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError(
+            "layers are skipped by the position in generate's own loop; leave custom_generate unset inside it"
+        )
     if str(kwargs.get("cache_implementation")) not in ("None", "dynamic"):
         raise ValueError("skipped layers need the default cache: leave cache_implementation unset")
     cache = kwargs.get("cache", kwargs.get("past_key_values"))

@@ -145,7 +145,8 @@ def _tuned_sorted(bench: Bench) -> Ready:
 
     draft = SortedDraft.from_pretrained()
     draft.to(device=bench.model.device, dtype=bench.model.dtype)
-    best = tune(draft, bench.model, bench.warm, new_tokens=min(bench.new_tokens, 48), repeats=2)
+    lengths = (2, 4) if bench.options.effort == "demo" else (1, 2, 3, 4, 6, 8)
+    best = tune(draft, bench.model, bench.warm, new_tokens=min(bench.new_tokens, 32), draft_tokens=lengths, repeats=2)
     strategy = best.strategy()
     return Ready(lambda batch, count: bench.generate(batch, count, custom_generate=strategy), strategy)
 
