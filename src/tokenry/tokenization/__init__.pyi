@@ -1,3 +1,8 @@
+from .byte_model import sample_byte as sample_byte
+from .byte_probabilities import ByteEnsemble as ByteEnsemble
+from .byte_probabilities import ByteLM as ByteLM
+from .byte_prompt_ending import BytePromptEnding as BytePromptEnding
+from .cover_encodings import ByteVocabulary as ByteVocabulary
 from .data_mixture_inference import MixtureInference as MixtureInference
 from .data_mixture_inference import Samples as Samples
 from .known_mixtures import KnownMixture as KnownMixture
