@@ -100,7 +100,7 @@ def strategies(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Call
             wrong = (self.truth[done] + 1) % state.model.config.vocab_size
             proposal.tokens[:, 1:] = wrong  # nothing but the path may be accepted
             known = self.truth[done : done + right]
-            proposal.tokens[0, torch.tensor(path[1 : len(known) + 1], device=known.device)] = known
+            proposal.tokens[0, torch.tensor(path[1 : len(known) + 1], dtype=torch.long, device=known.device)] = known
             return proposal
 
     model = llama(shape, args.device)
@@ -110,6 +110,7 @@ def strategies(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Call
     truth = model.generate(ids, max_new_tokens=args.new_tokens + 16, do_sample=False)[0, ids.shape[1] :]
     replay = Replay(truth, ids.shape[1], lengths)
     prompts = ParallelPrompts(model, m=3)
+    prompts.accuracy = torch.tensor([[0.5, 0.1], [0.3, 0.1], [0.2, 0.1]])  # only the passes' cost is measured
 
     def measured() -> dict[str, Any]:
         calls = {
@@ -117,7 +118,7 @@ def strategies(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Call
             "token recycling, replayed": lambda: model.generate(ids, custom_generate=replay, **options),
             "zero-node tree": lambda: model.generate(ids, custom_generate=TokenRecycling(tree=0), **options),
             "parallel prompts, untrained": lambda: model.generate(
-                ids, custom_generate=ParallelPromptDecoding(prompts, budget=60), **options
+                ids, custom_generate=ParallelPromptDecoding(prompts, trees=60), **options
             ),
         }
         if args.device.startswith("cuda"):  # generate compiles its step by itself there
@@ -230,7 +231,14 @@ def blocks(shape: str, args: argparse.Namespace) -> Iterator[tuple[str, Callable
         prompt, new = (16, 16) if small else (128, 512)
         ids = torch.randint(2, 50_000, (rows, prompt), device=args.device)
         calls = {
-            kind: lambda model=model: model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            kind: lambda model=model: model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                pad_token_id=0,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+            )
             for kind, model in models.items()
         }
         return timed(calls, args.device, max(2, args.repeats // 2)) | {"tokens": rows * new}
