@@ -5,6 +5,11 @@ from .detector import choose_threshold as choose_threshold
 from .evaluation import auroc as auroc
 from .evaluation import auroc_gain as auroc_gain
 from .evaluation import true_positive_rate as true_positive_rate
+from .hidden_text import FingerprintCheck as FingerprintCheck
+from .hidden_text import HiddenText as HiddenText
+from .hidden_text import hide_text as hide_text
+from .hidden_text import reveal as reveal
+from .hidden_text import verify_fingerprint as verify_fingerprint
 from .lastde import LastdeDetector as LastdeDetector
 from .lastde import diversity_entropy as diversity_entropy
 from .lastde import lastde as lastde
@@ -18,3 +23,5 @@ from .scoring import TokenScorer as TokenScorer
 from .scoring import TokenStatistics as TokenStatistics
 from .scoring import token_log_probs as token_log_probs
 from .scoring import token_statistics as token_statistics
+from .token_forcing import ScanReport as ScanReport
+from .token_forcing import UnconditionalTokenForcing as UnconditionalTokenForcing
