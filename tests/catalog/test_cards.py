@@ -17,14 +17,15 @@ from tokenry.compare import KINDS
 
 SLUGS = sorted(cards())
 ROOT = Path(__file__).parents[2]
-FIRST_NINE = {
-    "poolformer", "metaformer-baselines", "affnet", "token-recycling", "ems", "cce", "data-mixture-inference",
-    "itransformer", "lastde",
+METHODS = {
+    "affnet", "batchllm", "block-transformer", "byte-probabilities", "cce", "data-mixture-inference", "ems", "fs-gen",
+    "itransformer", "lastde", "metaformer-baselines", "poolformer", "ppd", "s2d", "skipdecode", "superposed-decoding",
+    "tidaldecode", "token-forcing", "token-recycling",
 }  # fmt: skip
 
 
-def test_the_first_nine_are_there():
-    assert set(SLUGS) >= FIRST_NINE
+def test_no_method_got_lost():
+    assert set(SLUGS) >= METHODS
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -59,6 +60,8 @@ def test_method_is_complete(slug):
     assert list((ROOT / "tests").rglob(f"test_{snake}*.py")), "no test file"
     page = ROOT / "docs" / "methods" / f"{slug}.md"
     assert page.exists() and "```python" in page.read_text("utf-8"), "no docs page with an example"
+    assert f"methods/{slug}.md" in (ROOT / "mkdocs.yml").read_text("utf-8"), "not in the navigation of the docs"
+    assert f"docs/methods/{slug}.md" in (ROOT / "README.md").read_text("utf-8"), "not in the README's table"
     assert any(claim.kind == "behaviour" for claim in found.claims), "no behaviour experiment"
 
 

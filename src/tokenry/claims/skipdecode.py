@@ -135,7 +135,8 @@ def speed_follows_layers(context: Context) -> Measurement:
             vocab_size=256, hidden_size=512, intermediate_size=1376, num_hidden_layers=layers, num_attention_heads=8,
             num_key_value_heads=8, bos_token_id=0, eos_token_id=None, pad_token_id=1,
         )  # fmt: skip
-        model = LlamaForCausalLM(config).to(context.device).eval()
+        model: Any = LlamaForCausalLM(config)
+        model.to(context.device).eval()
         ids = torch.randint(2, 256, (rows, 16), device=context.device)
         schedules = {f"{speedup:g}x": SkipSchedule.for_speedup(layers, speedup) for speedup in (2.0, 3.0, 4.0, 5.0)}
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}

@@ -43,6 +43,17 @@ def _perplexities(model: Any, sequences: Any) -> Any:
     return nats.mean(1).exp()
 
 
+def _drafts(model: Any, prompts: Any, ngrams: Any) -> Any:
+    """Drafts ``(P, K, N)`` of every prompt, by falling score."""
+    import torch
+
+    from tokenry.decoding import SuperposedDecoding
+
+    strategy = SuperposedDecoding(K, ngrams)
+    options = {"custom_generate": strategy, "do_sample": False, "return_dict_in_generate": True} | _options()
+    return torch.cat([model.generate(row[None], **options).alive_sequences for row in prompts])
+
+
 def _options() -> dict[str, Any]:
     return {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 1}
 
@@ -52,9 +63,8 @@ def drafts_as_good_as_nucleus(context: Context) -> Measurement:
     """Perplexity of drafts beside nucleus samples at three temperatures, greedy and beams; with and without n-grams."""
     import torch
 
-    from tokenry.decoding import SuperposedDecoding
-
-    model, tokenizer = load_model(device=context.device)
+    loaded: Any = load_model(device=context.device)
+    model, tokenizer = loaded
     prompts = _prompts(tokenizer).to(context.device)
 
     def groups(drafts: Any) -> dict[str, Any]:
@@ -69,14 +79,7 @@ def drafts_as_good_as_nucleus(context: Context) -> Measurement:
         }
 
     def superposed(ngrams: Any) -> dict[str, Any]:
-        strategy = SuperposedDecoding(K, ngrams)
-        out = [
-            model.generate(
-                row[None], custom_generate=strategy, do_sample=False, return_dict_in_generate=True, **_options()
-            )
-            for row in prompts
-        ]
-        return groups(torch.cat([o.alive_sequences for o in out]))
+        return groups(_drafts(model, prompts, ngrams))
 
     def sampled(temperature: float) -> dict[str, Any]:
         torch.manual_seed(context.seed)
@@ -123,20 +126,12 @@ def drafts_as_good_as_nucleus(context: Context) -> Measurement:
 @measures("superposed-decoding", "ngrams-keep-later-drafts")
 def ngrams_keep_later_drafts(context: Context) -> Measurement:
     """Without n-grams the later drafts get worse than the first one by more than with them."""
-    from tokenry.decoding import SuperposedDecoding
-
-    model, tokenizer = load_model(device=context.device)
+    loaded: Any = load_model(device=context.device)
+    model, tokenizer = loaded
     prompts = _prompts(tokenizer).to(context.device)
 
     def places(ngrams: Any) -> dict[str, Any]:
-        strategy = SuperposedDecoding(K, ngrams)
-        out = [
-            model.generate(
-                row[None], custom_generate=strategy, do_sample=False, return_dict_in_generate=True, **_options()
-            )
-            for row in prompts
-        ]
-        nats = [_perplexities(model, o.alive_sequences[0]).log() for o in out]
+        nats = [_perplexities(model, drafts).log() for drafts in _drafts(model, prompts, ngrams)]
         return {"excess": [round((row[-1] - row[0]).item(), 4) for row in nats]}
 
     counted = context.session.step("with", lambda: places(_ngrams(context)))["excess"]
@@ -162,7 +157,8 @@ def passes_and_time(context: Context) -> Measurement:
     from tokenry.decoding import SuperposedDecoding
     from tokenry.measure import interleave
 
-    model, tokenizer = load_model(device=context.device)
+    loaded: Any = load_model(device=context.device)
+    model, tokenizer = loaded
     some = _prompts(tokenizer)[::6].to(context.device)
     ngrams = _ngrams(context)
 
@@ -247,7 +243,8 @@ def linearity(context: Context) -> Measurement:
     """How close the state of a mixed input is to the same mixture of the drafts' own states."""
     import torch
 
-    model, tokenizer = load_model(device=context.device)
+    loaded: Any = load_model(device=context.device)
+    model, tokenizer = loaded
     prompts = _prompts(tokenizer).to(context.device)
     table = model.get_input_embeddings()
 

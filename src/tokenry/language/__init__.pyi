@@ -1,0 +1,9 @@
+from .block_packing import pack_documents as pack_documents
+from .block_transformer import BlockTransformerForCausalLM as BlockTransformerForCausalLM
+from .block_transformer import loss_by_position as loss_by_position
+from .block_transformer_cache import BlockTransformerCache as BlockTransformerCache
+from .block_transformer_checkpoint import load_reference_checkpoint as load_reference_checkpoint
+from .block_transformer_config import VARIANTS as VARIANTS
+from .block_transformer_config import BlockTransformerConfig as BlockTransformerConfig
+from .block_transformer_config import Variant as Variant
+from .uptraining import block_transformer_from as block_transformer_from
