@@ -15,6 +15,8 @@ import golden_case
 settings.register_profile("dev", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("dev")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two workers, and the processes that tests start, on two cores: threads that wait for each other cost minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on the CPU; read when triton is first imported

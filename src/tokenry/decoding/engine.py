@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["DecodingOutput", "DecodingState", "DraftStrategy", "Proposal"]
+__all__ = [
+    "DecodingOutput",
+    "DecodingState",
+    "DraftStrategy",
+    "KeptScores",
+    "Proposal",
+    "check_decoding",
+    "commit",
+    "start_decoding",
+]
 
 
 @dataclass
@@ -214,7 +223,7 @@ def decode(
     model_kwargs: dict[str, Any],
 ) -> Tensor | DecodingOutput:
     """The loop behind ``DraftStrategy.__call__``."""
-    _check(model, input_ids, config, model_kwargs)
+    check_decoding(model, input_ids, config, model_kwargs)
     began = time.perf_counter()
     stopping = RowStopping(stopping_criteria)
     state, pending, mask = start_decoding(model, input_ids, logits_processor, config, stopping.max_length, model_kwargs)
@@ -276,7 +285,9 @@ def decode(
     return DecodingOutput(**fields, decoding_stats=state.stats)
 
 
-def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def check_decoding(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
     """Refuse what cannot work, before anything runs."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -295,7 +306,7 @@ def _check(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, 
         raise ValueError(
             "output_attentions and output_hidden_states have no meaning per token in a tree pass; leave them off"
         )
-    attention = model.config._attn_implementation
+    attention = model.config._attn_implementation or "eager"
     if attention.startswith("tokenry_"):
         raise ValueError(
             "draft trees need the model's own attention in every pass; leave the context that exchanged it (sparse reading "
@@ -443,6 +454,7 @@ class KeptScores:
         self.rows: dict[str, list[list[Tensor]]] = {name: [] for name, wanted in self.wanted.items() if wanted}
 
     def add(self, logits: Tensor, accepted: Accepted, counts: list[int]) -> None:
+        """Keep what belongs to each row's first ``counts[b]`` tokens of a pass."""
         for name, rows in self.rows.items():
             if name == "scores" and accepted.scores is not None:
                 found = torch.stack(accepted.scores, 1)  # (B, A, V)

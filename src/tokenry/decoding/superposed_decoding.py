@@ -128,7 +128,7 @@ class SuperposedDecoding:
     @torch.no_grad()
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -145,7 +145,7 @@ class SuperposedDecoding:
         config = generation_config or model.generation_config
         self._check(model, input_ids, config, model_kwargs)
         began, stopping = time.perf_counter(), RowStopping(stopping_criteria or StoppingCriteriaList())
-        processors = logits_processor or LogitsProcessorList()
+        processors: Any = logits_processor or LogitsProcessorList()
         rows, width = input_ids.shape
         pad = config.pad_token_id if config.pad_token_id is not None else min(stopping.stop_tokens, default=0)
         drafts = _Drafts(input_ids, self.num_drafts, stopping.stop_tokens, pad)

@@ -17,7 +17,7 @@ from statistics import median
 from tokenry.decoding.draft_tree import DraftTree
 from tokenry.decoding.latency import PassLatency
 
-__all__ = ["TreeSizes"]
+__all__ = ["PassCosts", "TreeSizes"]
 
 MARGIN = 1.04  # a tree must promise this gain over plain decoding
 BATCH_MARGIN = 1.25  # in a batch: ragged rows cost masks of their own from then on, and estimates per row are rougher
@@ -25,7 +25,36 @@ MEMORY = 0.94  # weight of the past per simulated pass: about the last sixteen c
 ENOUGH = 3.0  # simulated passes before an estimate is believed
 
 
-class TreeSizes:
+class PassCosts:
+    """Seconds of a pass per candidate: the latency curve, corrected by what passes really took.
+
+    Args:
+        latency: Seconds per pass.
+        nodes: Nodes of each candidate besides the root; the first candidate is plain decoding.
+    """
+
+    def __init__(self, latency: PassLatency, nodes: Sequence[int]) -> None:
+        self.latency = latency
+        self.nodes = list(nodes)
+        self._load: deque[float] = deque(maxlen=9)
+        self._correction: list[deque[float]] = [deque(maxlen=15) for _ in self.nodes]
+
+    def took(self, size: int, seconds: float) -> None:
+        """A pass with candidate ``size`` took so long, everything around it included."""
+        factor = seconds / self.latency.at(self.nodes[size] + 1)
+        self._load.append(factor)
+        self._correction[size].append(factor / median(self._load))
+
+    def cost(self, size: int) -> float:
+        """Seconds of a pass: the curve's, corrected by how passes of this size compared with the ones around them.
+
+        The machine's load of the moment hits all sizes alike and stays out of the comparison.
+        """
+        seen = self._correction[size]
+        return self.latency.at(self.nodes[size] + 1) * (median(seen) if len(seen) >= 3 else 1.0)
+
+
+class TreeSizes(PassCosts):
     """Nested trees, what they cost and what they win.
 
     Args:
@@ -42,9 +71,8 @@ class TreeSizes:
     """
 
     def __init__(self, paths: Sequence[Sequence[int]], latency: PassLatency, nodes: Sequence[int]) -> None:
-        self.nodes = [n for n in nodes if n <= len(paths)]
+        super().__init__(latency, [n for n in nodes if n <= len(paths)])
         self.trees = [DraftTree.from_paths(sorted(paths[:n], key=lambda path: (len(path), path))) for n in self.nodes]
-        self.latency = latency
         self._next: dict[tuple[int, int], int] = {}  # (node, rank) -> node of the largest tree
         self._needs = [0]  # smallest candidate that holds the node
         index: dict[tuple[int, ...], int] = {(): 0}
@@ -52,8 +80,6 @@ class TreeSizes:
             index[path] = i
             self._next[index[path[:-1]], path[-1]] = i
             self._needs.append(next(s for s, n in enumerate(self.nodes) if i <= n))
-        self._load: deque[float] = deque(maxlen=9)
-        self._correction: list[deque[float]] = [deque(maxlen=15) for _ in self.nodes]
         self.wins: list[list[float]] = []  # per row and candidate: tokens per pass lately
         self.weight: list[list[float]] = []
         self.begin(1)
@@ -65,20 +91,6 @@ class TreeSizes:
             self.weight = [[0.0] * len(self.nodes) for _ in range(rows)]
         self._ranks: list[list[int]] = [[] for _ in range(rows)]
         self._at = [[0] * len(self.nodes) for _ in range(rows)]
-
-    def took(self, size: int, seconds: float) -> None:
-        """A pass with candidate ``size`` took so long, everything around it included."""
-        factor = seconds / self.latency.at(self.nodes[size] + 1)
-        self._load.append(factor)
-        self._correction[size].append(factor / median(self._load))
-
-    def cost(self, size: int) -> float:
-        """Seconds of a pass: the curve's, corrected by how passes of this size compared with the ones around them.
-
-        The machine's load of the moment hits all sizes alike and stays out of the comparison.
-        """
-        seen = self._correction[size]
-        return self.latency.at(self.nodes[size] + 1) * (median(seen) if len(seen) >= 3 else 1.0)
 
     def learn(self, row: int, ranks: Sequence[int]) -> None:
         """Row ``row`` went on by tokens that stood at these places of the lists before them (-1: not in the list)."""
