@@ -169,7 +169,7 @@ def hit_rates(context: Context) -> Measurement:
     trained = ParallelPrompts(model, init_ids=start)
 
     def fitted() -> dict[str, Any]:
-        losses = trained.fit(model, learned, steps=STEPS, batch_size=8, cuts=16, seed=context.seed)
+        losses = trained.fit(model, learned, steps=STEPS, cuts=32, seed=context.seed)
         frozen = all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
         return {"embeddings": trained.embeddings.tolist(), "losses": losses[:: STEPS // 20], "frozen": frozen}
 

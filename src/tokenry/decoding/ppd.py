@@ -146,8 +146,10 @@ class ParallelPromptDecoding(DraftStrategy):
         now = time.perf_counter()
         if self._began is not None and self._complete:
             budget.took(self._plan, now - self._began)
-        self._began = now if state.stats.nodes else None  # the first pass brings the prompt along
-        self._plan = budget.choose(state.finished)
+        if state.cache.length < max(state.cached):  # plain decoding takes the prompt along in its first pass
+            self._plan, self._began = 0, None
+        else:
+            self._plan, self._began = budget.choose(state.finished), now
         self._complete = self._plan == 0 or self._guesses is not None  # without guesses a pass is smaller than its plan
         return budget.trees[self._plan]
 

@@ -92,12 +92,12 @@ class Decoding(Comparison):
         everything = read_prompts(options.data) if options.data else prompts()
         count = self.setting(options, "prompts") or (4 if demo else 40)
         new = self.setting(options, "new_tokens") or (48 if demo else 128)
-        sweep = [n for n in self.setting(options, "sweep") if n] or ([12, 24, 48] if demo else [16, 32, 64, 128, 256])
+        sweep = [n for n in self.setting(options, "sweep") if n] or ([16, 48] if demo else [16, 32, 64, 128, 256])
         # Spread over the file: the embedded prompts hold English first, then code.
         count = min(count, len(everything))
         chosen = [everything[i * len(everything) // count] for i in range(count)]
         warm = [p for p in everything if p not in chosen][:: max(1, (len(everything) - count) // WARM_PROMPTS)]
-        return chosen, warm[:WARM_PROMPTS], new, sweep, min(options.repeats, 3) if demo else options.repeats
+        return chosen, warm[:WARM_PROMPTS], new, sweep, min(options.repeats, 2) if demo else options.repeats
 
     def run(self, options: Options, session: Session) -> Outcome:
         """Text and passes per method, then timed turns, then growth over the number of new tokens."""
