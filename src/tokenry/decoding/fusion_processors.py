@@ -44,7 +44,7 @@ class _FusionProcessor(LogitsProcessor):
 
     def fuse(self, scores: Tensor, logits: list[Tensor]) -> Tensor:
         """From ``(B, V)`` scores and M further logits ``(B, V)`` to fused scores ``(B, V)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override this")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Fused log-probabilities; what the scores rule out, or what one of the models has no token for, is -inf."""

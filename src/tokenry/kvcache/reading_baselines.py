@@ -33,7 +33,7 @@ class _Ranked:
 
     def rank(self, call: DecodeCall) -> Tensor:
         """Scores ``[B, Hq, N]``; the highest are read."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override rank")
 
     def __call__(self, call: DecodeCall) -> Tensor:
         """Attend to the best ``budget`` positions."""
