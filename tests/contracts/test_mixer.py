@@ -1,6 +1,6 @@
 """What every token mixer keeps, tested for all of ``list_mixers()``.
 
-A new mixer gets these tests by being registered; keywords that it needs go to ``OWN``.
+A new mixer gets these tests by being registered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenry.mixers import (
     list_mixers,
     register_mixer,
 )
-from tokenry.mixers.registry import MIXERS, mixer_factory, takes_keyword
+from tokenry.mixers.registry import MIXERS, mixer_factory, size_keywords
 from tokenry.vision import metaformer
 
 DIM = 16
@@ -32,9 +32,7 @@ SLUGS = {"aff": "affnet", "pool": "poolformer", "spatial_fc": "poolformer"}
 
 def make(name: str, grid: tuple[int, int] = (6, 6), dim: int = DIM, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    if takes_keyword(mixer_factory(name), "num_tokens"):
-        kwargs["num_tokens"] = grid[0] * grid[1]
-    return create_mixer(name, dim, **kwargs)
+    return create_mixer(name, dim, **size_keywords(mixer_factory(name), grid), **kwargs)
 
 
 def tokens(mixer: torch.nn.Module, grid: tuple[int, int] = (6, 6), batch: int = 2, dim: int = DIM, seed: int = 0):
@@ -167,7 +165,7 @@ def test_trains_inside_metaformer(name):
 
 @torch.no_grad()
 def test_runs_inside_timms_metaformer(name):
-    grid = {"num_tokens": 64} if takes_keyword(mixer_factory(name), "num_tokens") else {}
+    grid = size_keywords(mixer_factory(name), (8, 8))
     net = TimmMetaFormer(
         depths=(1,), dims=(DIM,), token_mixers=for_timm(name, **grid), res_scale_init_values=None, num_classes=2
     ).eval()

@@ -140,6 +140,12 @@ def takes_keyword(factory: MixerFactory, name: str) -> bool:
         return False
 
 
+def size_keywords(factory: MixerFactory, grid: tuple[int, int]) -> dict[str, Any]:
+    """What a mixer wants to know of the maps it will see: ``num_tokens`` = H * W, ``input_size`` = (H, W), or nothing."""
+    known: dict[str, Any] = {"num_tokens": grid[0] * grid[1], "input_size": grid}
+    return {name: value for name, value in known.items() if takes_keyword(factory, name)}
+
+
 def create_mixer(name: str, dim: int, *, layout: Layout | str | None = None, **kwargs: Any) -> nn.Module:
     """Make a registered token mixer.
 
@@ -169,10 +175,11 @@ def create_mixer(name: str, dim: int, *, layout: Layout | str | None = None, **k
             f"mixer {name!r} takes no {', '.join(map(repr, unknown))}; its keywords: "
             f"{', '.join(sorted((accepted or set()) - {'dim'}))}"
         )
-    if takes_keyword(factory, "num_tokens") and kwargs.get("num_tokens") is None:
-        raise ValueError(
-            f"mixer {name!r} works on a fixed number of tokens: give num_tokens=H * W of the maps it will see"
-        )
+    for keyword, example in (("num_tokens", "H * W"), ("input_size", "(H, W)")):
+        if takes_keyword(factory, keyword) and kwargs.get(keyword) is None:
+            raise ValueError(
+                f"mixer {name!r} works on a fixed number of tokens: give {keyword}={example} of the maps it will see"
+            )
     mixer = factory(dim, **kwargs)
     return mixer if layout is None or Layout(layout) == layout_of(mixer) else InLayout(mixer, layout)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tokenry.layers.mlp import MLPHead
 from tokenry.layers.norms import GroupNorm1
 from tokenry.layers.star_relu import SquaredReLU, StarReLU
-from tokenry.mixers.registry import MixerFactory, accepted_keywords, mixer_factory, takes_keyword
+from tokenry.mixers.registry import MixerFactory, accepted_keywords, mixer_factory, size_keywords
 from tokenry.vision.metaformer_blocks import Embedding, Head, MetaFormerBlock, Stage
 
 __all__ = ["MetaFormer", "image_config", "metaformer"]
@@ -323,9 +323,7 @@ def _make_mixer(
             raise ValueError(
                 f"mixer_kwargs: {name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
             )
-    if takes_keyword(factory, "num_tokens"):
-        given["num_tokens"] = grid[0] * grid[1]
-    return factory(dim, **{**given, **own})
+    return factory(dim, **{**given, **size_keywords(factory, grid), **own})
 
 
 def image_config(**changes: Any) -> dict[str, Any]:

@@ -207,11 +207,11 @@ class _Bench:
         import torch
 
         from tokenry.mixers import create_mixer
-        from tokenry.mixers.registry import mixer_factory, takes_keyword
+        from tokenry.mixers.registry import mixer_factory, size_keywords
 
         torch.manual_seed(self.options.seed)
         dim, tokens = self.setting("sweep_dim"), side // PATCH
-        fixed = {"num_tokens": tokens**2} if takes_keyword(mixer_factory(name), "num_tokens") else {}
+        fixed = size_keywords(mixer_factory(name), (tokens, tokens))
         mixer = create_mixer(name, dim, layout="NCHW", **fixed).eval()
         where = {"device": self.options.device, "dtype": getattr(torch, self.options.dtype)}
         x = torch.randn(1, dim, tokens, tokens, **where)
