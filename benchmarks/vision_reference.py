@@ -1,10 +1,11 @@
 """Time the image models beside their authors' code, which stays where it is.
 
-    python benchmarks/vision_reference.py --poolformer ~/src/poolformer --metaformer ~/src/metaformer --out speed.jsonl
+    python benchmarks/vision_reference.py --checkouts ~/src --out speed.jsonl
 
-Both directories are checkouts (github.com/sail-sg/poolformer, github.com/sail-sg/metaformer). Per model: the same weights
-in both, the largest difference of the logits, and the ratio of the authors' time to ours, taken turn by turn in one
-process. A ratio above 1 means that ours is faster.
+``--checkouts`` holds one folder per repository, named as on GitHub (poolformer, metaformer, CAS-ViT ...); models whose
+repository is not there are left out. Per model: the same weights in both, the largest difference of the logits relative to
+their scale, and the ratio of the authors' time to ours, taken turn by turn in one process. A ratio above 1 means that ours
+is faster.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,19 +26,21 @@ from torch import nn
 from tokenry.measure import interleave
 from tokenry.vision import load_checkpoint, metaformer
 
-# our name, where the authors' model is made, slug of the card
+# card, our model, the authors' repository, the module in it, and what makes their model there
 MODELS = [
-    ("poolformer_s12_exact", "poolformer", "models.poolformer", "poolformer_s12", "poolformer"),
-    ("poolformer_s12", "poolformer", "models.poolformer", "poolformer_s12", "poolformer"),
-    ("metaformer_ppaa_s12_224", "poolformer", "models.metaformer", "metaformer_ppaa_s12_224", "poolformer"),
-    ("metaformer_ppff_s12_224", "poolformer", "models.metaformer", "metaformer_ppff_s12_224", "poolformer"),
-    ("identityformer_s12", "metaformer", "metaformer_baselines", "identityformer_s12", "metaformer-baselines"),
-    ("randformer_s12", "metaformer", "metaformer_baselines", "randformer_s12", "metaformer-baselines"),
-    ("convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18", "metaformer-baselines"),
-    ("caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18", "metaformer-baselines"),
-    ("built_convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18", "metaformer-baselines"),
-    ("built_caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18", "metaformer-baselines"),
+    ("poolformer", "poolformer_s12_exact", "poolformer", "models.poolformer", "poolformer_s12"),
+    ("poolformer", "poolformer_s12", "poolformer", "models.poolformer", "poolformer_s12"),
+    ("poolformer", "metaformer_ppaa_s12_224", "poolformer", "models.metaformer", "metaformer_ppaa_s12_224"),
+    ("poolformer", "metaformer_ppff_s12_224", "poolformer", "models.metaformer", "metaformer_ppff_s12_224"),
+    ("metaformer-baselines", "identityformer_s12", "metaformer", "metaformer_baselines", "identityformer_s12"),
+    ("metaformer-baselines", "randformer_s12", "metaformer", "metaformer_baselines", "randformer_s12"),
+    ("metaformer-baselines", "convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18"),
+    ("metaformer-baselines", "caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
+    ("metaformer-baselines", "built_convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18"),
+    ("metaformer-baselines", "built_caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
 ]
+# Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 BUILT = {  # timm has models of these names; the same ones from our builder
     "built_convformer_s18": "sep_conv",
     "built_caformer_s18": ("sep_conv", "sep_conv", "attention", "attention"),
@@ -58,26 +62,41 @@ def old_timm_names() -> None:
     }
 
 
-def authors(folder: Path, module: str, name: str) -> nn.Module:
-    """The authors' model, from their checkout."""
-    for loaded in [m for m in sys.modules if m == "models" or m.startswith("models.")]:
+def authors(folder: Path, module: str, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The authors' model, from their checkout; their packages are entered without their own ``__init__``."""
+    packages = [".".join(module.split(".")[: i + 1]) for i in range(module.count("."))]
+    first = module.split(".")[0]
+    for loaded in [m for m in sys.modules if m == first or m.startswith(f"{first}.")]:
         del sys.modules[loaded]
-    package = types.ModuleType("models")  # without the checkout's own __init__, which needs detection frameworks
-    package.__path__ = [str(folder / "models")]
-    sys.modules["models"] = package
+    for package in packages:  # an __init__ often wants frameworks for detection or training
+        made = types.ModuleType(package)
+        made.__path__ = [str(folder / package.replace(".", "/"))]
+        sys.modules[package] = made
     sys.path.insert(0, str(folder))
     try:
-        return getattr(importlib.import_module(module), name)()
+        return getattr(importlib.import_module(module), name)(**arguments)
     finally:
         sys.path.remove(str(folder))
 
 
+def ours(name: str, arguments: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Our model with the authors' weights."""
+    if name in BUILT:
+        return load_checkpoint(metaformer(BUILT[name], (3, 3, 9, 3), head="mlp").eval(), weights)
+    model = timm.create_model(name, **arguments).eval()
+    own_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if own_filter is None or "metaformer" in type(model).__module__:
+        return load_checkpoint(model, weights)
+    model.load_state_dict(own_filter(weights, model))
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--poolformer", type=Path, help="checkout of sail-sg/poolformer")
-    parser.add_argument("--metaformer", type=Path, help="checkout of sail-sg/metaformer")
+    parser.add_argument("--checkouts", type=Path, required=True, help="folder with the authors' repositories")
     parser.add_argument("--models", nargs="*", help="only these of ours")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -86,21 +105,18 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     old_timm_names()
-    for ours_name, repository, module, their_name, slug in MODELS:
-        folder = getattr(given, repository)
-        if folder is None or (given.models and ours_name not in given.models):
+    for slug, name, repository, module, their_name in MODELS:
+        folder = given.checkouts / repository
+        if not folder.is_dir() or (given.models and name not in given.models):
             continue
         torch.manual_seed(0)
-        theirs = authors(folder, module, their_name).eval().to(given.device)
-        ours = (
-            metaformer(BUILT[ours_name], (3, 3, 9, 3), head="mlp")
-            if ours_name in BUILT
-            else timm.create_model(ours_name)
-        )
-        ours = load_checkpoint(ours.eval(), theirs.state_dict()).to(given.device)
-        x = torch.randn(given.batch, 3, 224, 224, device=given.device)
+        their_arguments, our_arguments = ARGUMENTS.get(name, ({}, {}))
+        theirs = authors(folder, module, their_name, their_arguments).eval().to(given.device)
+        own = ours(name, our_arguments, theirs.state_dict()).to(given.device)
+        x = torch.randn(given.batch, 3, given.side, given.side, device=given.device)
         with torch.inference_mode():
-            difference = (ours(x) - theirs(x)).abs().max().item()
+            expected = theirs(x)
+            difference = ((own(x) - expected).abs().max() / expected.abs().max()).item()
 
         def call(model: nn.Module, x: torch.Tensor = x) -> None:
             if given.train:
@@ -110,7 +126,7 @@ def main() -> None:
                     model(x)
 
         times = interleave(
-            {"ours": lambda m=ours: call(m), "authors": lambda m=theirs: call(m)},
+            {"ours": lambda m=own: call(m), "authors": lambda m=theirs: call(m)},
             repeats=given.repeats,
             warmup=2,
             device=given.device,
@@ -120,17 +136,17 @@ def main() -> None:
         record = {
             "slug": slug,
             "check": "speed",
-            "id": f"{what.replace(' ', '-')}-{ours_name.replace('_', '-')}",
+            "id": f"{what.replace(' ', '-')}-{name.replace('_', '-')}",
             "passed": ratio >= 1.0,
             "value": round(ratio, 3),
             "unit": "x",
             "baseline": 1.0,
-            "sentence": f"{ours_name}, {what}, batch {given.batch} at 224 pixels, {given.threads} thread(s) on "
+            "sentence": f"{name}, {what}, batch {given.batch} at {given.side} pixels, {given.threads} thread(s) on "
             f"{given.device}: {ratio:.2f} times the speed of the authors' code (must be at least 1)",
             "details": {
                 "ours_seconds": times["ours"].median,
                 "authors_seconds": times["authors"].median,
-                "logit_difference": difference,
+                "relative_logit_difference": difference,
             },
         }
         print(record["sentence"], f"(logits differ by {difference:.1e})", flush=True)
