@@ -178,7 +178,7 @@ def test_rejects_even_windows(pool_size):
         (lambda: SpatialFCMixer(num_tokens=0), "at least 1"),
         (lambda: SpatialFCMixer(num_tokens=4)(torch.zeros(1, 5, 2)), "made for 4 tokens"),
         (lambda: tiny_pos()(torch.zeros(1, 3, 64, 64)), "position map"),
-        (lambda: poolformer("s12", device="meta")(torch.zeros(1, 3, 31, 40, device="meta")), "at least 32x32"),
+        (lambda: poolformer("s12", device="meta")(torch.zeros(1, 3, 31, 40, device="meta")), "at least 32 pixels"),
     ],
 )
 def test_rejects(make, message):

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
     """
 
     size_multiple: ClassVar[int] = 1
-    min_size: ClassVar[int] = 32
+    min_size: int = 32
     channels_last: ClassVar[bool] = False
 
     stem: nn.Module
@@ -176,6 +176,10 @@ class Backbone(nn.Module):
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
+    def feature_norm(self, x: Tensor, stage: int) -> Tensor:
+        """What ``norm=True`` does to the map of a stage: the closing norm on the last one. Detection forms override it."""
+        return self.norm(x) if stage == len(self.feature_info) - 1 else x
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -190,7 +194,7 @@ class Backbone(nn.Module):
         Args:
             x: (B, in_chans, H, W).
             indices: Stages: the last n if an int, all if None.
-            norm: Apply the closing norm to the last stage's map.
+            norm: Apply ``feature_norm``.
             stop_early: Leave out stages after the last wanted one.
             output_fmt: ``"NCHW"`` alone.
             intermediates_only: Return the list alone, else ``(last map, list)``.
@@ -207,7 +211,7 @@ class Backbone(nn.Module):
                 break
             x = stage(x)
             if i in wanted:
-                found.append(self.norm(x) if norm and i == len(self.feature_info) - 1 else x)
+                found.append(self.feature_norm(x, i) if norm else x)
         return found if intermediates_only else (self.norm(x), found)
 
     def prune_intermediate_layers(
@@ -255,6 +259,7 @@ def build_backbone(
     checkpoint_filter: Callable[[dict[str, Any], nn.Module], dict[str, Any]],
     *,
     stages: int = 4,
+    normed_features: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Make a model through timm's builder, which adds data configuration, ``features_only`` and weights from a file.
@@ -265,6 +270,7 @@ def build_backbone(
         pretrained: Whether to load weights, as in timm.
         checkpoint_filter: Turns the authors' state dict into this class's.
         stages: How many maps ``features_only`` gives.
+        normed_features: Whether they go through ``Backbone.feature_norm``.
         **kwargs: Arguments of the class, and timm's own (``features_only``, ``out_indices``, ``pretrained_cfg_overlay`` ...).
     """
     return build_model_with_cfg(
@@ -272,7 +278,7 @@ def build_backbone(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter,
-        feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter", "norm": normed_features},
         **kwargs,
     )
 

@@ -18,17 +18,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tokenry.layers.mlp import MLPHead
 from tokenry.layers.norms import GroupNorm1
 from tokenry.layers.star_relu import SquaredReLU, StarReLU
 from tokenry.mixers.registry import MixerFactory, accepted_keywords, mixer_factory, size_keywords
-from tokenry.vision.metaformer_blocks import Embedding, Head, MetaFormerBlock, Stage
+from tokenry.vision.backbone import Backbone, build_backbone, classification_config
+from tokenry.vision.metaformer_blocks import ChannelsLastStage, Embedding, Head, MetaFormerBlock
 
 __all__ = ["MetaFormer", "image_config", "metaformer"]
 
@@ -69,7 +67,7 @@ def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
     return [value] * stages
 
 
-class MetaFormer(nn.Module):
+class MetaFormer(Backbone):
     """A timm-style image model of MetaFormer stages; ``metaformer`` documents the arguments and makes one."""
 
     def __init__(
@@ -104,7 +102,7 @@ class MetaFormer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         stages = len(depths)
         if stages < 1 or len(dims) != stages or min(depths) < 1 or min(dims) < 1:
@@ -127,14 +125,11 @@ class MetaFormer(nn.Module):
 
         rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
 
-        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
+        self.global_pool = global_pool
         self._head_kind = (head, head_norm, drop_rate)
         self.stem = Embedding(in_chans, dims[0], stem, after=embedding_norm(dims[0]), init=embed_init, **where)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.img_size = (height, width)
-        height, width = self.stem.size(height), self.stem.size(width)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = self.stem.size(sides[0]), self.stem.size(sides[1])
         made = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             downsample: nn.Module = nn.Identity()
@@ -144,7 +139,7 @@ class MetaFormer(nn.Module):
                 height, width = downsample.size(height), downsample.size(width)
             if min(height, width) < 1:
                 raise ValueError(
-                    f"img_size {self.img_size} leaves nothing for stage {i}: the images must have at least "
+                    f"img_size {sides} leaves nothing for stage {i}: the images must have at least "
                     f"{stem[1] * 2 ** (stages - 1)} pixels a side, or give fewer stages or a smaller stem"
                 )
             blocks = []
@@ -158,8 +153,8 @@ class MetaFormer(nn.Module):
                     )
                 )  # fmt: skip
             position = nn.Parameter(torch.zeros(1, dim, height, width, **where)) if i in pos_embed else None
-            made.append(Stage(downsample, blocks, position))
-            self.feature_info.append({"num_chs": dim, "reduction": stem[1] * 2**i, "module": f"stages.{i}"})
+            made.append(ChannelsLastStage(downsample, blocks, position))
+        self.describe_stages(dims, [stem[1] * 2**i for i in range(stages)])
         self.stages = nn.Sequential(*made)
         self.min_size = min(32, self.feature_info[-1]["reduction"])
         self.feature_norms = nn.ModuleList(make_norm(dim) for dim in dims) if feature_norms else None
@@ -201,26 +196,6 @@ class MetaFormer(nn.Module):
             if parameter.ndim <= 1 or not parameter.requires_grad or name.endswith("pos_embed")
         }
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates, as timm asks for them."""
-        return {
-            "stem": r"^stem",
-            "blocks": [(r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages", (0,))],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            if isinstance(stage, Stage):
-                stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier; an identity where there is none."""
-        return self.head.fc
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes`` (0: none), optionally with another pooling (``"avg"`` or ``""``)."""
         pool = self.global_pool if global_pool is None else global_pool
@@ -229,78 +204,24 @@ class MetaFormer(nn.Module):
         self.head.fc = self._classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
         self.num_classes, self.global_pool, self.head.global_pool = num_classes, pool, pool
 
-    def _check_size(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans or min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"expected images (B, {self.in_chans}, H, W) of at least {self.min_size}x{self.min_size} pixels, got "
-                f"{tuple(x.shape)}; resize them, or make the model with in_chans, fewer stages or a smaller stem"
-            )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, C, H', W'): the last stage's map, before the head's norm."""
-        self._check_size(x)
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H', W') -> (B, num_classes), or the pooled features with ``pre_logits``."""
-        return self.head(x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """The maps of chosen stages, as in timm.
-
-        Args:
-            x: (B, in_chans, H, W).
-            indices: Stages: the last n if an int, all if None.
-            norm: Apply the norms of ``feature_norms=True`` (PoolFormer's detection form).
-            stop_early: Leave out stages after the last wanted one.
-            output_fmt: ``"NCHW"`` alone.
-            intermediates_only: Return the list alone, else ``(last map, list)``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        if norm and self.feature_norms is None:
+    def feature_norm(self, x: Tensor, stage: int) -> Tensor:
+        """The norms of ``feature_norms=True`` (PoolFormer's detection form)."""
+        if self.feature_norms is None:
             raise ValueError("norm=True needs a model made with feature_norms=True")
-        self._check_size(x)
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        x, found = self.stem(x), []
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
-            x = stage(x)
-            if i in wanted:
-                y = x
-                if norm and self.feature_norms is not None:
-                    y = self.feature_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-                found.append(y)
-        return found if intermediates_only else (x, found)
+        return self.feature_norms[stage](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages and the head that the wanted maps do not need, as in timm."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        cut = last < len(self.stages) - 1
-        self.stages = nn.Sequential(*list(self.stages)[: last + 1])
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        """Drop the stages, norms and head that the wanted maps do not need, as in timm."""
+        stages = len(self.stages)
+        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_norm:
             self.feature_norms = None
         elif self.feature_norms is not None:
-            self.feature_norms = self.feature_norms[: last + 1]
-        if prune_head or cut:
+            self.feature_norms = self.feature_norms[: len(self.stages)]
+        if prune_head or len(self.stages) < stages:
             self.head.norm = nn.Identity()
-            self.reset_classifier(0, "")
         return wanted
 
 
@@ -327,20 +248,8 @@ def _make_mixer(
 
 
 def image_config(**changes: Any) -> dict[str, Any]:
-    """Timm's data configuration of these models: 224 pixels, bicubic, ImageNet's mean and deviation."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **changes,
-    }
+    """Timm's data configuration of these models: 224 pixels, bicubic, no crop, ImageNet's mean and deviation."""
+    return classification_config(**{"crop_pct": 1.0, "license": "apache-2.0", **changes})
 
 
 def metaformer(
@@ -405,17 +314,12 @@ def build_metaformer(variant: str, pretrained: bool, **kwargs: Any) -> MetaForme
     """Make a model through timm's builder, which adds data configuration, ``features_only`` and weights from a file."""
     from tokenry.vision.checkpoints import checkpoint_filter_fn
 
-    stages = len(kwargs.get("depths", (0, 1, 2, 3)))
-    features = {
-        "feature_cls": "getter",
-        "out_indices": tuple(range(stages)),
-        "norm": kwargs.get("feature_norms", False),
-    }
-    return build_model_with_cfg(
+    return build_backbone(
         MetaFormer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=features,
+        checkpoint_filter_fn,
+        stages=len(kwargs.get("depths", (0, 1, 2, 3))),
+        normed_features=kwargs.get("feature_norms", False),
         **kwargs,
     )

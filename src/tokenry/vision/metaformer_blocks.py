@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, trunc_normal_
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.registry import Layout, layout_of
+from tokenry.vision.backbone import Stage
 
-__all__ = ["Embedding", "Head", "MetaFormerBlock", "Stage", "residual"]
+__all__ = ["ChannelsLastStage", "Embedding", "Head", "MetaFormerBlock", "residual"]
 
 
 def residual(x: Tensor, branch: Tensor, shortcut_scale: Tensor | None, branch_scale: Tensor | None) -> Tensor:
@@ -128,15 +128,12 @@ class Embedding(nn.Module):
         return x if self.post_norm is None else self.post_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Stage(nn.Module):
-    """A downsampling, an optional position map and blocks: (B, C, H, W) -> (B, C', H', W')."""
+class ChannelsLastStage(Stage):
+    """A downsampling, an optional position map and blocks on (B, H, W, C): (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], pos_embed: nn.Parameter | None) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+        super().__init__(downsample, blocks)
         self.pos_embed = pos_embed  # (1, C, H, W)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -149,9 +146,7 @@ class Stage(nn.Module):
                 )
             x = x + self.pos_embed
         x = x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C); no copy where the memory is channels-last
-        saving = self.grad_checkpointing and torch.is_grad_enabled()
-        x = checkpoint_seq(self.blocks, x) if saving else self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        return self.run_blocks(x).permute(0, 3, 1, 2)
 
 
 class Head(nn.Module):
