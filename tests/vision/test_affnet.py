@@ -83,7 +83,7 @@ def test_dilation_computes_the_same_at_the_old_positions():
         tiny(use_filter=False, norm_layer="layer_norm", output_stride=s, widths=(8, 8, 16, 16, 24)) for s in (32, 16)
     )
     dilated.load_state_dict(strided.state_dict())
-    strided.layer_5[1], dilated.layer_5[1] = nn.Identity(), nn.Identity()
+    strided.stages[4].blocks, dilated.stages[4].blocks = nn.Sequential(), nn.Sequential()
     x = torch.randn(1, 3, 64, 64)
     expected, actual = (m.forward_intermediates(x, intermediates_only=True)[-1] for m in (strided, dilated))
     torch.testing.assert_close(actual[..., ::2, ::2], expected)
@@ -122,7 +122,7 @@ def test_intermediates_stop_early_and_prune():
     (third,) = model.forward_intermediates(x, indices=[2], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(third, maps[2])
     model.prune_intermediate_layers([1])
-    assert not hasattr(model, "layer_3")
+    assert len(model.stages) == 2
     torch.testing.assert_close(model.forward_intermediates(x, [1], intermediates_only=True)[0], maps[1])
 
 
@@ -136,7 +136,7 @@ def test_options():
     torch.testing.assert_close(other(x), model(x))
     model.reset_classifier(0)
     assert model(x).shape == (1, model.num_features)
-    assert tiny(drop_path_rate=0.2).layer_5[1].global_rep[0].drop_path.drop_prob == pytest.approx(0.2)
+    assert tiny(drop_path_rate=0.2).stages[4].blocks[0].global_rep[0].drop_path.drop_prob == pytest.approx(0.2)
     assert tiny(in_chans=1)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 
 

@@ -13,26 +13,26 @@ the defaults, ``"layer_norm_2d"`` and SiLU, are ours.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_act_layer, make_divisible
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.kernels.adaptive_filter import Fourier
 from tokenry.mixers.aff import AFFMixer
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.registration import register_table
 
 __all__ = ["AFFNet", "checkpoint_filter_fn"]
 
-# Widths of layer_1 ... layer_5, number of blocks in each (MBConv in 1 and 2, AFF blocks in 3 to 5), expansion of the
+# Widths of the five stages, number of blocks in each (MBConv in 1 and 2, AFF blocks in 3 to 5), expansion of the
 # MBConvs outside the AFF blocks, and whether layers 3, 4, 5 fuse with their input. No results were published for
 # the last two.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -194,7 +194,7 @@ class AFFStage(nn.Module):
         return self.fusion(torch.cat([x, y], dim=1)) if self.fusion is not None else y
 
 
-class AFFNet(nn.Module):
+class AFFNet(Backbone):
     """AFFNet image classifier and feature extractor.
 
     Args:
@@ -231,6 +231,9 @@ class AFFNet(nn.Module):
         [(16, 4, 4), (16, 2, 2)]
     """
 
+    min_size = 1
+    channels_last = True
+
     def __init__(
         self,
         widths: Sequence[int] = VARIANTS["affnet"]["widths"],
@@ -254,7 +257,7 @@ class AFFNet(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         if len(widths) != 5 or len(depths) != 5 or len(fuse) != 3:
             raise ValueError(
                 f"AFFNet has 5 widths, 5 depths and 3 fuse flags, got {len(widths)}, {len(depths)} and {len(fuse)}"
@@ -274,138 +277,46 @@ class AFFNet(nn.Module):
             proj_drop=proj_drop_rate,
             fourier=fourier,
         )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
-
-        self.conv_1 = ConvNormAct(in_chans, STEM_WIDTH, 3, stride=2, act_layer=act, **dd)
+        self.stem = ConvNormAct(in_chans, STEM_WIDTH, 3, stride=2, act_layer=act, **dd)
         width, reduction, dilation = STEM_WIDTH, 2, 1
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths[2:]), stagewise=True)
+        stages, reductions = [], []
         for index, (out_width, depth) in enumerate(zip(widths, depths, strict=True)):
             stride = 1 if index == 0 else 2
             before = dilation  # the strided convolution itself is dilated by what came before it
             if reduction * stride > output_stride:
                 dilation, stride = dilation * stride, 1
             reduction *= stride
-            layers: list[nn.Module] = [MBConv(width, out_width, stride, before, expand_ratio, act, **dd)]
+            first = MBConv(width, out_width, stride, before, expand_ratio, act, **dd)
             if index < 2:
-                layers += [MBConv(out_width, out_width, 1, 1, expand_ratio, act, **dd) for _ in range(depth - 1)]
+                blocks = [MBConv(out_width, out_width, 1, 1, expand_ratio, act, **dd) for _ in range(depth - 1)]
             else:
                 filters = mixer if use_filter else None
-                layers.append(AFFStage(out_width, filters, rates[index - 2], fuse[index - 2], norm, act, **dd))
-            name = f"layer_{index + 1}"
-            self.add_module(name, nn.Sequential(*layers))
-            self.feature_info.append({"num_chs": out_width, "reduction": reduction, "module": name})
+                blocks = [AFFStage(out_width, filters, rates[index - 2], fuse[index - 2], norm, act, **dd)]
+            stages.append(Stage(first, blocks))
+            reductions.append(reduction)
             width = out_width
+        self.stages = nn.Sequential(*stages)
+        self.describe_stages(widths, reductions)
 
         self.num_features = self.head_hidden_size = min(4 * width, MAX_HEAD_WIDTH)
         self.conv_1x1_exp: nn.Module = ConvNormAct(width, self.num_features, act_layer=act, **dd)
-        self.classifier = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.apply(_init_weights)
 
-    @property
-    def stages(self) -> list[nn.Module]:
-        """layer_1 ... layer_5, or as many as were kept."""
-        return [self.get_submodule(info["module"]) for info in self.feature_info if hasattr(self, info["module"])]
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer-wise learning rates, as in timm."""
-        pattern = r"^layer_(\d+)" if coarse else r"^layer_(\d+)\.(\d+)(?:\.global_rep\.(\d+))?"
-        return {"stem": r"^conv_1\.", "blocks": [(pattern, None), (r"^conv_1x1_exp", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The linear layer."""
-        return self.classifier.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a new linear layer for ``num_classes`` classes; 0 takes it out."""
-        self.num_classes = num_classes
-        self.classifier.reset(num_classes, global_pool)
-
-    def _stem(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"the model takes images (B, {self.in_chans}, H, W), got {tuple(x.shape)}; for other channel counts "
-                "make it with in_chans=..."
-            )
-        if x.device.type == "cpu":  # depthwise convolutions on the CPU are several times faster with channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv_1(x)
-
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(stage, x) if self.grad_checkpointing and torch.is_grad_enabled() else stage(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32)."""
-        x = self._stem(x)
-        for stage in self.stages:
-            x = self._run(stage, x)
+    def forward_close(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, num_features, h, w)."""
         return self.conv_1x1_exp(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Outputs of chosen layers, and of the whole trunk.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: Which of the five layers: the last so many (int), a list, or all (None).
-            norm: No layer has a closing norm of its own; accepted as in timm.
-            stop_early: Do not run layers after the last one asked for.
-            output_fmt: ``"NCHW"``.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            ``(final features, list of maps)``, or the list.
-
-        Raises:
-            ValueError: Another ``output_fmt``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}; use .permute(0, 2, 3, 1) on the maps")
-        stages = self.stages
-        take, last = feature_take_indices(len(stages), indices)
-        maps = []
-        x = self._stem(x)
-        for index, stage in enumerate(stages[: last + 1] if stop_early else stages):
-            x = self._run(stage, x)
-            if index in take:
-                maps.append(x)
-        return maps if intermediates_only else (self.conv_1x1_exp(x), maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen layers do not need, as in timm."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        for info in self.feature_info[last + 1 :]:
-            if hasattr(self, info["module"]):
-                delattr(self, info["module"])
-        if prune_norm or last + 1 < len(self.feature_info):
+        """Drop what the wanted maps do not need, the closing convolution included, as in timm."""
+        stages = len(self.stages)
+        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm or len(self.stages) < stages:
             self.conv_1x1_exp = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_features, h, w) -> (B, num_classes), or the pooled features."""
-        return self.classifier(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        return wanted
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -419,18 +330,26 @@ def _init_weights(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Turn a checkpoint of the authors' training code into a state dict of ours.
 
-    The names are the same; a training checkpoint holds the weights under ``"model_state_dict"``, and one from several
-    GPUs prefixes them with ``"module."``.
+    ``conv_1`` is our ``stem``; ``layer_i.0`` our ``stages.(i-1).downsample`` and what follows it there the stage's blocks;
+    ``classifier.fc`` our ``head.fc``. A training checkpoint holds the weights under ``"model_state_dict"``, and one from
+    several GPUs prefixes them with ``"module."``.
 
     Args:
         state_dict: Checkpoint.
         model: Model that is to take it.
 
     Raises:
-        ValueError: The filters' widths differ, as with another ``hidden_factor`` or ``num_blocks``.
+        ValueError: The filters' widths differ, as with another ``hidden_factor`` or ``num_blocks``; or it is another
+            variant's.
     """
-    state_dict = state_dict.get("model_state_dict", state_dict)
-    out = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    out: dict[str, Any] = {}
+    for name, value in state_dict.get("model_state_dict", state_dict).items():
+        name = name.removeprefix("module.")
+        if found := re.match(r"layer_(\d)\.(\d+)\.(.*)", name):
+            stage, part = int(found[1]) - 1, int(found[2])
+            name = f"stages.{stage}.{'downsample' if part == 0 else f'blocks.{part - 1}'}.{found[3]}"
+        name = re.sub(r"^conv_1\.", "stem.", name)
+        out[re.sub(r"^classifier\.", "head.", name)] = value
     for name, mixer in model.named_modules():
         given = out.get(f"{name}.w1")
         if isinstance(mixer, AFFMixer) and given is not None and given.shape != mixer.w1.shape:
@@ -438,47 +357,29 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 f"{name}.w1 is {tuple(given.shape)} in the checkpoint and {tuple(mixer.w1.shape)} in the model: make the "
                 "model with the checkpoint's variant, num_blocks and hidden_factor (8 and 1 in the authors' code)"
             )
+    check_shapes(out, model, VARIANTS)
     return out
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 256, 256),
-        "pool_size": (8, 8),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv_1.block.conv",
-        "classifier": "classifier.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2307.14008",
-        "origin_url": "https://github.com/microsoft/TokenMixers",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in VARIANTS})
-
-
-def _entry(variant: str) -> Any:
-    def create(pretrained: bool = False, **kwargs: Any) -> AFFNet:
-        return build_model_with_cfg(
-            AFFNet,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter"},
-            **{**VARIANTS[variant], **kwargs},
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": classification_config(
+            input_size=(3, 256, 256),
+            pool_size=(8, 8),
+            crop_pct=0.875,
+            interpolation="bilinear",
+            first_conv="stem.block.conv",
+            license="mit",
+            paper_ids="arXiv:2307.14008",
+            origin_url="https://github.com/microsoft/TokenMixers",
         )
+        for name in VARIANTS
+    }
+)
 
-    create.__name__ = create.__qualname__ = variant
-    create.__doc__ = f"{variant}, see ``AFFNet`` for the keywords."
-    return create
+
+def _create(name: str, pretrained: bool = False, **kwargs: Any) -> AFFNet:
+    return build_backbone(AFFNet, name, pretrained, checkpoint_filter_fn, stages=5, **{**VARIANTS[name], **kwargs})
 
 
-for _variant in VARIANTS:
-    globals()[_variant] = register_model(_entry(_variant))
+register_table(__name__, VARIANTS, _create)

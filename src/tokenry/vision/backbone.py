@@ -37,7 +37,7 @@ class Stage(nn.Module):
 
     def run_blocks(self, x: Any) -> Any:
         """All blocks in turn, each recomputed in the backward pass where checkpointing is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and len(self.blocks):
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
@@ -161,12 +161,16 @@ class Backbone(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         return self.stem(x)
 
+    def forward_close(self, x: Tensor) -> Tensor:
+        """Last stage's map to what the head takes: the closing norm. A network with a closing convolution overrides it."""
+        return self.norm(x)
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, C, H', W'): the last stage's map after the closing norm."""
+        """(B, in_chans, H, W) -> (B, C, H', W'): the last stage's map, closed."""
         x = self.forward_stem(x)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x)
+        return self.forward_close(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H', W') -> (B, num_classes), or the pooled features with ``pre_logits``."""
@@ -212,7 +216,7 @@ class Backbone(nn.Module):
             x = stage(x)
             if i in wanted:
                 found.append(self.feature_norm(x, i) if norm else x)
-        return found if intermediates_only else (self.norm(x), found)
+        return found if intermediates_only else (self.forward_close(x), found)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -301,6 +305,7 @@ def check_shapes(
 
     def faults(shapes: Mapping[str, torch.Size]) -> tuple[list[str], list[str], list[str]]:
         missing, unknown = sorted(set(shapes) - set(state_dict)), sorted(set(state_dict) - set(shapes))
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # torch fills these in
         wrong = [name for name in shapes if name in state_dict and state_dict[name].shape != shapes[name]]
         return missing, unknown, wrong
 
