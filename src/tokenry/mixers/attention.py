@@ -76,9 +76,18 @@ class AttentionMixer(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    def _heads(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, heads, d)
+        return qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
+
+    def token_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """``attention`` (B, N): what every token receives, averaged over heads and queries."""
+        q, k, _ = self._heads(x)
+        weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)  # (B, heads, N, N)
+        return {"attention": weights.mean((1, 2))}
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
+        q, k, v = self._heads(x)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).flatten(2)))
