@@ -51,7 +51,7 @@ def test_rows_resume_and_notes(tmp_path, monkeypatch):
     (sweep,) = result.outcome.sweeps
     assert [x for x, _ in sweep.points["pool"]] == [64.0, 144.0]
     assert set(sweep.exponents) == {"pool", "random"}
-    assert any("one resolution only" in note for note in result.outcome.notes)
+    assert any("made anew for every size" in note for note in result.outcome.notes)
 
     def runs(*args):
         raise AssertionError("a finished run makes no network")
@@ -59,6 +59,31 @@ def test_rows_resume_and_notes(tmp_path, monkeypatch):
     monkeypatch.setattr(mixers._Bench, "network", runs)
     monkeypatch.setattr(mixers._Bench, "mixer", runs)
     assert small(tmp_path).outcome == result.outcome
+
+
+def test_growth_and_crossings():
+    kind = mixers.Mixers()
+    sizes = [16.0, 64.0, 256.0, 1024.0]
+    points = {
+        "identity": [(n, 1e-3) for n in sizes],
+        "attention": [(n, n * n / 6400) for n in sizes],
+        "pool": [(n, n / 100) for n in sizes],
+        "random": [(n, 10 * n * n) for n in sizes[:2]],
+    }
+    growth = kind._growth(
+        kind._sweep(
+            list(points),
+            {int(4 * n**0.5): {k: dict(v).get(n, 0) / 1e3 for k, v in points.items() if n in dict(v)} for n in sizes},
+        )
+    )
+    assert "linear: pool (1.00); quadratic: random (2.00), attention (2.00)" in growth[0]
+    assert growth[1].endswith("pool 64.") and growth[2].endswith("random.")
+
+
+def test_fixed_mixers_stop_where_their_weights_grow_too_large():
+    bench = mixers._Bench(mixers.Mixers(), Options())
+    assert bench.fits("random", 256) and not bench.fits("random", 512) and bench.fits("pool", 512)
+    assert bench.memory("random", 512) is None
 
 
 def test_a_folder_of_images(folder):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenry.measure import (
     Session,
     Timing,
+    crossing,
     describe_machine,
     fit_exponent,
     interleave,
@@ -111,3 +112,13 @@ def test_machine_and_versions_are_plain_json():
 def test_timer_is_a_clock():
     timing = interleave({"sleep": lambda: time.sleep(0.02)}, repeats=2, warmup=0)["sleep"]
     assert 0.02 <= timing.median < 0.5
+
+
+def test_crossing():
+    sizes = [1.0, 10.0, 100.0, 1000.0]
+    linear, quadratic = sizes, [s * s / 20 for s in sizes]
+    assert crossing(sizes, linear, quadratic) == pytest.approx(20)
+    assert crossing(sizes, quadratic, linear) is None
+    assert crossing(sizes, [s / 100 for s in sizes], quadratic) == 1.0
+    with pytest.raises(ValueError, match="two sizes"):
+        crossing([1], [1], [2])

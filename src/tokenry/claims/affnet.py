@@ -106,25 +106,12 @@ def global_field(context: Context) -> Measurement:
     )
 
 
-def _crossing(sides: tuple[int, ...], ours: list[float], theirs: list[float]) -> float | None:
-    """Number of tokens from which ours is the faster one for good, between two sizes by their logarithms."""
-    if ours[-1] >= theirs[-1]:
-        return None
-    last = max((i for i in range(len(sides)) if ours[i] >= theirs[i]), default=-1)
-    if last < 0:
-        return float(sides[0] ** 2)
-    before, after = (math.log(ours[i] / theirs[i]) for i in (last, last + 1))
-    share = before / (before - after)
-    low, high = (math.log(sides[i] ** 2) for i in (last, last + 1))
-    return math.exp(low + share * (high - low))
-
-
 @measures("affnet", "scaling")
 def scaling(context: Context) -> Measurement:
     """Forward time of the mixer and of self-attention over the number of tokens."""
     import torch
 
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import crossing, fit_exponent, interleave
     from tokenry.mixers import create_mixer
 
     dim = 64
@@ -148,8 +135,8 @@ def scaling(context: Context) -> Measurement:
     ours, theirs = ([row[name] for row in rows] for name in ("aff", "attention"))
     exponent, other = fit_exponent(tokens, ours), fit_exponent(tokens, theirs)
     loglinear = fit_exponent(tokens, [n * math.log(n) for n in tokens])
-    crossing = _crossing(SIDES, ours, theirs)
-    where = "nowhere up to 16,384 tokens" if crossing is None else f"from about {crossing:.0f} tokens on"
+    cheaper = crossing(tokens, ours, theirs)
+    where = "nowhere up to 16,384 tokens" if cheaper is None else f"from about {cheaper:.0f} tokens on"
     return Measurement(
         shows=abs(exponent - loglinear) < abs(exponent - 2) and abs(other - 2) < abs(other - loglinear),
         value=round(exponent, 2),
@@ -157,7 +144,7 @@ def scaling(context: Context) -> Measurement:
         sentence=f"time grows as N^{exponent:.2f} for AFF and N^{other:.2f} for self-attention ({dim} channels); AFF must be "
         f"nearer to N log N ({loglinear:.2f} on these sizes) than to N^2, attention nearer to N^2. AFF is the faster one "
         f"{where}, {theirs[-1] / ours[-1]:.1f} times at 128x128 and {theirs[0] / ours[0]:.2f} times at 8x8",
-        details={"tokens": tokens, "aff_seconds": ours, "attention_seconds": theirs, "crossing_tokens": crossing},
+        details={"tokens": tokens, "aff_seconds": ours, "attention_seconds": theirs, "crossing_tokens": cheaper},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import threading
 import time
@@ -151,3 +152,31 @@ def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     logs = np.log(np.asarray(pairs, dtype=float))
     slope, _ = np.polyfit(logs[:, 0], logs[:, 1], 1)
     return float(slope)
+
+
+def crossing(sizes: Sequence[float], ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """Size from which ``ours`` costs less for good, between two measured sizes by their logarithms.
+
+    Args:
+        sizes: Ascending, positive.
+        ours: Cost at each size.
+        theirs: The other's.
+
+    Returns:
+        The size; the first one where ours is cheaper throughout; None where theirs is cheaper at the largest.
+
+    Example:
+        >>> round(crossing([1, 10, 100], [5, 5, 5], [0.5, 5, 50]), 6)
+        10.0
+    """
+    if not len(sizes) == len(ours) == len(theirs) or len(sizes) < 2:
+        raise ValueError(f"need two sizes or more and a cost for each, got {len(sizes)}, {len(ours)} and {len(theirs)}")
+    if ours[-1] >= theirs[-1]:
+        return None
+    last = max((i for i in range(len(sizes)) if ours[i] >= theirs[i]), default=-1)
+    if last < 0:
+        return float(sizes[0])
+    before, after = (math.log(ours[i] / theirs[i]) for i in (last, last + 1))
+    share = before / (before - after)
+    low, high = math.log(sizes[last]), math.log(sizes[last + 1])
+    return math.exp(low + share * (high - low))

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Mixers"]
 
 PATCH = 4  # pixels per token side in the first stage
+RIVAL = "attention"  # where the others become cheaper is told against it
+LARGEST_FIXED = 4096  # tokens; weights of mixers with a fixed number of tokens grow with its square
+DEMO_METHODS = [
+    "pool", "sep_conv", "attention", "aff", "cat", "mix_shift", "hsm_ssd", "super_token", "aggregated_attention",
+    "dual_attention",
+]  # fmt: skip
 
 
 class Mixers(Comparison):
@@ -51,16 +57,23 @@ class Mixers(Comparison):
         "side": 32,
         "batch": 64,
         "lr": 2e-3,
-        "sides": [32, 64, 128, 256],
+        "sides": [32, 64, 128, 256, 512],
         "sweep_dim": 64,
     }
-    demo: ClassVar = {"seeds": 1, "epochs": 8, "train_images": 1600, "dims": [16, 32], "depths": [1, 2]}
+    demo: ClassVar = {
+        "seeds": 1, "epochs": 8, "train_images": 1600, "dims": [16, 32], "depths": [1, 2], "sides": [32, 64, 128, 256],
+    }  # fmt: skip
 
     def methods(self) -> list[str]:
         """All registered mixers, the identity first."""
         from tokenry.mixers import list_mixers
 
         return [self.baseline, *(name for name in list_mixers() if name != self.baseline)]
+
+    def default_methods(self, options: Options) -> list[str]:
+        """All; in a demonstration one of each sort."""
+        known = self.methods()
+        return [name for name in DEMO_METHODS if name in known] if options.effort == "demo" else known
 
     def check(self, options: Options) -> None:
         """Refuse unknown mixers, sizes that leave no tokens, data without labels."""
@@ -117,17 +130,27 @@ class Mixers(Comparison):
             }
             if len(seeds) > 1:
                 rows[name] |= {"accuracy_spread": statistics.stdev(accuracies), "gain_spread": statistics.stdev(gains)}
-        return Outcome(rows=list(rows.values()), sweeps=[sweep], notes=self._notes(options, rows, facts))
+        return Outcome(
+            rows=list(rows.values()), sweeps=[sweep], notes=[*self._notes(options, rows, facts), *self._growth(sweep)]
+        )
 
     def _sweep(self, names: list[str], times: dict[int, dict[str, float]]) -> Sweep:
         from tokenry.measure import fit_exponent
 
         points = {
-            name: [(float((side // PATCH) ** 2), 1000 * found[name]) for side, found in sorted(times.items())]
+            name: [
+                (float((side // PATCH) ** 2), 1000 * found[name])
+                for side, found in sorted(times.items())
+                if name in found
+            ]
             for name in names
         }
         # handing a tensor on takes no time that could grow
-        exponents = {n: fit_exponent(*zip(*some, strict=True)) for n, some in points.items() if n != self.baseline}
+        exponents = {
+            n: fit_exponent(*zip(*some, strict=True))
+            for n, some in points.items()
+            if n != self.baseline and len(some) > 1
+        }
         return Sweep(
             title="Time of one mixer over the resolution",
             x="tokens",
@@ -138,6 +161,34 @@ class Mixers(Comparison):
             "in the number of tokens, 2 quadratic.",
         )
 
+    def _growth(self, sweep: Sweep) -> list[str]:
+        """Which mixers are linear, which quadratic, and from where on they cost less than attention."""
+        from tokenry.measure import crossing
+
+        kinds: dict[str, list[str]] = {"linear": [], "between": [], "quadratic": []}
+        for name, exponent in sorted(sweep.exponents.items(), key=lambda pair: pair[1]):
+            kind = "linear" if exponent < 1.25 else "quadratic" if exponent > 1.75 else "between"
+            kinds[kind].append(f"{name} ({exponent:.2f})")
+        told = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        notes = [f"Growth with the number of tokens, by the measured exponent. {'; '.join(told)}."] if told else []
+        if RIVAL not in sweep.points:
+            return notes
+        theirs = dict(sweep.points[RIVAL])
+        cheaper = []
+        for name in sweep.exponents:
+            shared = [(x, y) for x, y in sweep.points[name] if x in theirs]
+            if name != RIVAL and len(shared) > 1:
+                sizes, costs = zip(*shared, strict=True)
+                size = crossing(sizes, costs, [theirs[x] for x in sizes])
+                cheaper.append((size or float("inf"), name))
+        early = [f"{name} {size:.0f}" for size, name in sorted(cheaper) if size < float("inf")]
+        never = [name for size, name in sorted(cheaper) if size == float("inf")]
+        if early:
+            notes.append(f"Cheaper than {RIVAL} for good from so many tokens on: {', '.join(early)}.")
+        if never:
+            notes.append(f"Not cheaper than {RIVAL} at any size measured: {', '.join(never)}.")
+        return notes
+
     def _notes(self, options: Options, rows: dict[str, dict[str, Any]], facts: dict[str, int]) -> list[str]:
         seeds = self.setting(options, "seeds")
         notes = [
@@ -145,7 +196,8 @@ class Mixers(Comparison):
             f"{100 / facts['classes']:.0f} %), {self.setting(options, 'epochs')} epochs, {seeds} seed(s); stages of "
             f"{self.setting(options, 'dims')} channels and {self.setting(options, 'depths')} blocks. The same data, order, "
             "steps and rates for all; nothing is tuned for any of them.",
-            "random and spatial_fc work at one resolution only: they are made anew for every size.",
+            "Mixers with a fixed number of tokens are made anew for every size; their weights grow with its square, so they are "
+            f"measured up to {LARGEST_FIXED} tokens alone.",
         ]
         noise = 100 * (0.25 / facts["test"]) ** 0.5
         if seeds == 1:
@@ -266,7 +318,7 @@ class _Bench:
 
         from tokenry.measure import interleave
 
-        made = {name: self.mixer(name, side) for name in names}
+        made = {name: self.mixer(name, side) for name in names if self.fits(name, side)}
         with torch.inference_mode():
             times = interleave(
                 {name: lambda mixer=mixer, x=x: mixer(x) for name, (mixer, x) in made.items()},
@@ -276,12 +328,21 @@ class _Bench:
             )
         return {name: timing.median for name, timing in times.items()}
 
-    def memory(self, name: str, side: int) -> float:
-        """MiB that one call of the mixer holds at its peak, beside weights and input."""
+    def fits(self, name: str, side: int) -> bool:
+        """Whether a mixer can be made for that many tokens."""
+        from tokenry.mixers.registry import mixer_factory, size_keywords
+
+        tokens = (side // PATCH) ** 2
+        return tokens <= LARGEST_FIXED or not size_keywords(mixer_factory(name), (1, tokens))
+
+    def memory(self, name: str, side: int) -> float | None:
+        """MiB that one call of the mixer holds at its peak, beside weights and input; None where it cannot be made."""
         import torch
 
         from tokenry.measure import peak_activations, peak_extra_memory
 
+        if not self.fits(name, side):
+            return None
         mixer, x = self.mixer(name, side)
         with torch.inference_mode():
             if self.options.device.startswith("cuda"):
