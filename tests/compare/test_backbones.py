@@ -73,6 +73,14 @@ def test_own_images(folder):
     assert "exponent" not in result.outcome.rows[0]
 
 
+def test_images_that_cannot_be_read_are_named(folder):
+    for name in ("dark", "light"):
+        (folder / name / "broken.png").write_bytes(b"no image")
+    result = small(data=str(folder), methods=["mobilevitv2_050"], settings={"sizes": "64"})
+    (note,) = [n for n in result.outcome.notes if "cannot be read" in n]
+    assert note.startswith("2 image(s)") and "light/broken.png: cannot identify image file" in note
+
+
 def test_without_probe():
     result = small(methods=["mobilevitv2_050"], settings={"probe": 0})
     assert "accuracy" not in result.outcome.rows[0]

@@ -14,7 +14,7 @@ from tokenry.compare import compare
 from tokenry.compare.kind import Options
 from tokenry.compare.kinds import mixers
 from tokenry.compare.run import comparison
-from tokenry.vision.image_training import read_labelled_images
+from tokenry.vision.labelled_images import read_labelled_images
 
 TINY = {"dims": "8,8", "depths": "1,1", "epochs": 1, "train_images": 64, "sides": "32,48", "sweep_dim": 8, "seeds": 2}
 
@@ -87,9 +87,11 @@ def test_fixed_mixers_stop_where_their_weights_grow_too_large():
 
 
 def test_a_folder_of_images(folder):
+    (folder / "dark" / "broken.png").write_bytes(b"no image")
     result = small(data=str(folder), methods=["pool"], settings={"seeds": 1, "side": 16, "sides": "16,32"})
     assert "16 images to train, 4 to test, 2 classes" in result.outcome.notes[0]
     assert any("One seed" in note for note in result.outcome.notes)
+    assert any("1 image(s) cannot be read" in note and "broken.png" in note for note in result.outcome.notes)
 
 
 def test_parquet_files(folder, tmp_path):

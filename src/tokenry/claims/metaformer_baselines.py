@@ -25,7 +25,8 @@ def _train_all(
 ) -> tuple[dict[str, list[float]], str]:
     """Test accuracies of each network by seed, and the setting in words."""
     from tokenry.assets import cifar10_sample, external
-    from tokenry.vision.image_training import Images, Training, read_labelled_images, train_classifier
+    from tokenry.vision.image_training import Images, Training, train_classifier
+    from tokenry.vision.labelled_images import read_labelled_images
 
     larger = external("cifar10")
     train, test = (cifar10_sample("train"), cifar10_sample("test")) if larger is None else read_labelled_images(larger)

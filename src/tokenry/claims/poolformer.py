@@ -28,7 +28,8 @@ FINE: dict[str, Any] = {**SKELETON, "stem": (2, 2, 0)}
 def _images(context: Context) -> tuple[Images, int, str]:
     """CIFAR-10: 10,000 images where the larger data are at hand, else the embedded 1,600; epochs; its name."""
     from tokenry.assets import cifar10_sample, external
-    from tokenry.vision.image_training import Images, read_labelled_images
+    from tokenry.vision.image_training import Images
+    from tokenry.vision.labelled_images import read_labelled_images
 
     larger = external("cifar10")
     if larger is None:

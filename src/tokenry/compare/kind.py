@@ -159,3 +159,9 @@ class Comparison(ABC):
     @abstractmethod
     def run(self, options: Options, session: Session) -> Outcome:
         """Measure. Every heavy piece is a ``session.step``."""
+
+
+def skipped_images(skipped: list[str]) -> str:
+    """The note on images that could not be read: how many, and the first few with the reason."""
+    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return f"{len(skipped)} image(s) cannot be read and were left out: {'; '.join(skipped[:3])}{more}."

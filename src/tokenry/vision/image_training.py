@@ -6,12 +6,10 @@ for all, so that differences are the networks' own.
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,12 +21,8 @@ __all__ = [
     "Trained",
     "Training",
     "accuracy",
-    "check_labelled_images",
-    "read_labelled_images",
     "train_classifier",
 ]
-
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"})
 
 
 @dataclass(frozen=True)
@@ -172,92 +166,3 @@ def train_classifier(make: Callable[[], nn.Module], images: Images, training: Tr
     return Trained(
         accuracy(model, images.test, images.test_labels, dtype=training.dtype), loss_sum.item() / count, seconds
     )
-
-
-def _decode(source: object, side: int) -> np.ndarray:
-    """One image as (side, side, 3) uint8, from a path, encoded bytes, or what a parquet file of images holds."""
-    from PIL import Image
-
-    if isinstance(source, dict):  # the usual pair of bytes and path
-        source = source["bytes"]
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:  # type: ignore[arg-type]
-        rgb = image.convert("RGB")
-        return np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), Image.Resampling.BILINEAR))
-
-
-def _read_parquet(path: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
-    import pyarrow.parquet as parquet
-
-    names = parquet.read_schema(path).names
-    if not {"image", "label"} <= set(names):
-        raise ValueError(
-            f"{path} has the columns {', '.join(names)}; needed: image (encoded bytes) and label (0, 1, ...)"
-        )
-    table = parquet.read_table(path, columns=["image", "label"])
-    return np.stack([_decode(x.as_py(), side) for x in table["image"]]), np.asarray(table["label"])
-
-
-def check_labelled_images(source: str | Path) -> Path:
-    """Refuse what ``read_labelled_images`` could not read, quickly.
-
-    Raises:
-        ValueError: Neither a parquet file, nor a folder with ``train.parquet`` and ``test.parquet``, nor a folder with
-            at least two folders (classes) of at least five images each.
-    """
-    path = Path(source)
-    if path.is_file() and path.suffix == ".parquet":
-        return path
-    if path.is_dir() and all((path / f"{split}.parquet").is_file() for split in ("train", "test")):
-        return path
-    if path.is_dir():
-        counts = {k: len(v) for k, v in _class_folders(path).items()}
-        if len(counts) >= 2 and min(counts.values()) >= 5:
-            return path
-        found = ", ".join(f"{k}: {n}" for k, n in counts.items()) or "no folder with images"
-        raise ValueError(f"{path} must hold at least two folders (classes) of at least five images each; found {found}")
-    raise ValueError(
-        f"no labelled images at {path}: give a folder with one folder of images per class, a folder with train.parquet "
-        "and test.parquet, or a parquet file with the columns image and label"
-    )
-
-
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    found = {
-        sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir()
-    }
-    return {name: paths for name, paths in found.items() if paths}
-
-
-def read_labelled_images(
-    source: str | Path, *, side: int = 32, test_share: float = 0.2, seed: int = 0
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Labelled images of the user's own, split into training and test.
-
-    Args:
-        source: A folder with one folder of images per class, a folder with ``train.parquet`` and ``test.parquet``, or
-            one parquet file; parquet columns are ``image`` (encoded bytes) and ``label``.
-        side: Images are resized to ``side`` x ``side`` pixels.
-        test_share: Share that is held out where the source has no split of its own.
-        seed: Of that split.
-
-    Returns:
-        ``((train images, labels), (test images, labels))``, images uint8 (N, side, side, 3).
-
-    Raises:
-        ValueError: See ``check_labelled_images``.
-    """
-    path = check_labelled_images(source)
-    if path.is_dir() and (path / "train.parquet").is_file():
-        return _read_parquet(path / "train.parquet", side), _read_parquet(path / "test.parquet", side)
-    if path.is_file():
-        images, labels = _read_parquet(path, side)
-    else:
-        folders = _class_folders(path)
-        images = np.stack([_decode(p, side) for paths in folders.values() for p in paths])
-        labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in folders.values()])
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held = max(1, round(test_share * len(labels)))
-    test, train = order[:held], order[held:]
-    return (images[train], labels[train]), (images[test], labels[test])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenry.catalog.entries import cards
-from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep, skipped_images
 from tokenry.measure.session import Session
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = ["Backbones"]
 PEERS = ["mobilevitv2_050", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
 OURS = ["affnet_et", "affnet_t", "affnet", "poolformer_s12", "identityformer_s12"]
 DEMO_METHODS = ["mobilevitv2_050", "affnet_et", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif"})
 
 
 def _registered() -> Any:
@@ -37,12 +36,9 @@ def _image_folder(folder: Path) -> dict[str, list[Path]]:
     """Class name to its images: ``folder/<class>/<image>``."""
     if not folder.is_dir():
         raise ValueError(f"data: there is no folder {str(folder)!r}; give a folder with one folder of images per class")
-    found = {
-        sub.name: sorted(path for path in sub.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir()
-    }
-    found = {name: paths for name, paths in found.items() if paths}
+    from tokenry.vision.labelled_images import class_folders
+
+    found = class_folders(folder)
     small = [name for name, paths in found.items() if len(paths) < 2]
     if len(found) < 2 or small:
         raise ValueError(
@@ -210,6 +206,8 @@ class Backbones(Comparison):
                 f"test, {pixels['classes']} classes (chance {100 / pixels['classes']:.0f} %), {weights}. The same probe on "
                 f"the bare pixels: {pixels['accuracy']:.1f} %."
             )
+            if pixels["skipped"]:
+                notes.append(skipped_images(pixels["skipped"]))
         slower = [f"{n} ({r['ratio']:.2f}x)" for n, r in rows.items() if "slug" in r and r["ratio"] and r["ratio"] < 1]
         if slower:
             notes.append(f"Slower than {self.baseline} here: {', '.join(slower)}.")
@@ -235,6 +233,7 @@ class _Bench:
         self.own = _local_model(options.model) if options.model else None
         self.model = cache(self._model)
         self.images = cache(self._images)
+        self.skipped: list[str] = []
 
     def _model(self, name: str) -> Any:
         import torch
@@ -328,18 +327,20 @@ class _Bench:
                 for some in (x, test_x)
             )
             return x, y, test_x, test_y, 10
+        from tokenry.vision.labelled_images import decode_images
+
         classes = _image_folder(Path(self.options.data))
         rng = np.random.default_rng(self.options.seed)
         per_class = max(2, most // len(classes))
-        parts: dict[str, list[tuple[np.ndarray, int]]] = {"fit": [], "test": []}
+        parts: dict[str, list[tuple[Path, int]]] = {"fit": [], "test": []}
         for label, paths in enumerate(classes.values()):
             picked = [paths[i] for i in rng.permutation(len(paths))[:per_class]]
             held = max(1, len(picked) // 5)
-            for i, path in enumerate(picked):
-                with Image.open(path) as file:
-                    image = file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-                parts["test" if i < held else "fit"].append((np.asarray(image), label))
-        (x, y), (test_x, test_y) = (map(np.stack, zip(*part, strict=True)) for part in parts.values())
+            parts["test"] += [(path, label) for path in picked[:held]]
+            parts["fit"] += [(path, label) for path in picked[held:]]
+        (x, y), (test_x, test_y) = (
+            decode_images(*zip(*part, strict=True), size, self.skipped) for part in parts.values()
+        )
         return x, y, test_x, test_y, len(classes)
 
     def _features(self, name: str, images: np.ndarray) -> np.ndarray:
@@ -372,7 +373,13 @@ class _Bench:
         step = max(1, x.shape[1] // 16)
         pixels, test_pixels = (some[:, ::step, ::step].reshape(len(some), -1).astype(float) for some in (x, test_x))
         accuracy = _linear_probe(pixels, y, test_pixels, test_y)
-        return {"accuracy": accuracy, "train": len(y), "test": len(test_y), "classes": classes}
+        return {
+            "accuracy": accuracy,
+            "train": len(y),
+            "test": len(test_y),
+            "classes": classes,
+            "skipped": self.skipped,
+        }
 
 
 def _linear_probe(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenry.catalog.entries import cards
-from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
+from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep, skipped_images
 from tokenry.measure.session import Session
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Mixers(Comparison):
         if len(self.setting(options, "sides")) < 2:
             raise ValueError("mixers: sides needs at least two sizes to show growth")
         if options.data is not None:
-            from tokenry.vision.image_training import check_labelled_images
+            from tokenry.vision.labelled_images import check_labelled_images
 
             check_labelled_images(options.data)
 
@@ -189,7 +189,7 @@ class Mixers(Comparison):
             notes.append(f"Not cheaper than {RIVAL} at any size measured: {', '.join(never)}.")
         return notes
 
-    def _notes(self, options: Options, rows: dict[str, dict[str, Any]], facts: dict[str, int]) -> list[str]:
+    def _notes(self, options: Options, rows: dict[str, dict[str, Any]], facts: dict[str, Any]) -> list[str]:
         seeds = self.setting(options, "seeds")
         notes = [
             f"{facts['train']} images to train, {facts['test']} to test, {facts['classes']} classes (chance "
@@ -199,6 +199,8 @@ class Mixers(Comparison):
             "Mixers with a fixed number of tokens are made anew for every size; their weights grow with its square, so they are "
             f"measured up to {LARGEST_FIXED} tokens alone.",
         ]
+        if facts["skipped"]:
+            notes.append(skipped_images(facts["skipped"]))
         noise = 100 * (0.25 / facts["test"]) ** 0.5
         if seeds == 1:
             notes.append(
@@ -219,10 +221,12 @@ class _Bench:
         self.options = options
         self.setting = lambda name: kind.setting(options, name)
         self.images = cache(self._images)
+        self.skipped: list[str] = []
 
     def _images(self) -> Images:
         from tokenry.assets import cifar10_sample, external
-        from tokenry.vision.image_training import Images, check_labelled_images, read_labelled_images
+        from tokenry.vision.image_training import Images
+        from tokenry.vision.labelled_images import check_labelled_images, read_labelled_images
 
         side, most = self.setting("side"), self.setting("train_images")
         source = self.options.data
@@ -233,13 +237,18 @@ class _Bench:
         elif source is None:
             raise ValueError(f"mixers: the embedded images have 32 pixels a side; side={side} needs data of your own")
         else:
-            train, test = read_labelled_images(source, side=side, seed=self.options.seed)
+            train, test = read_labelled_images(source, side=side, seed=self.options.seed, skipped=self.skipped)
         return Images.of((train[0][:most], train[1][:most]), test, self.options.device)
 
-    def facts(self) -> dict[str, int]:
-        """How many images and classes."""
+    def facts(self) -> dict[str, Any]:
+        """How many images and classes, and which images could not be read."""
         images = self.images()
-        return {"train": len(images.train), "test": len(images.test), "classes": images.num_classes}
+        return {
+            "train": len(images.train),
+            "test": len(images.test),
+            "classes": images.num_classes,
+            "skipped": self.skipped,
+        }
 
     def network(self, name: str, classes: int) -> nn.Module:
         """The skeleton with one mixer in all stages."""
