@@ -151,8 +151,8 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes`` (0: none), optionally with another pooling (``"avg"``, ``""`` ...)."""
-        self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)  # type: ignore[operator]
+        self.num_classes = num_classes
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Check the images and make the first map of them."""
@@ -179,6 +179,10 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+    def stage_map(self, x: Any) -> Tensor:
+        """The map (B, C, H, W) in what a stage returns. A network whose stages hand on more than the map overrides it."""
+        return x
 
     def feature_norm(self, x: Tensor, stage: int) -> Tensor:
         """What ``norm=True`` does to the map of a stage: the closing norm on the last one. Detection forms override it."""
@@ -215,7 +219,7 @@ class Backbone(nn.Module):
                 break
             x = stage(x)
             if i in wanted:
-                found.append(self.feature_norm(x, i) if norm else x)
+                found.append(self.feature_norm(self.stage_map(x), i) if norm else self.stage_map(x))
         return found if intermediates_only else (self.forward_close(x), found)
 
     def prune_intermediate_layers(
@@ -224,7 +228,7 @@ class Backbone(nn.Module):
         """Drop the stages and the head that the wanted maps do not need, as in timm."""
         wanted, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: last + 1])
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:

@@ -18,10 +18,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from tokenry.layers.mlp import MLPHead
 from tokenry.layers.norms import GroupNorm1
 from tokenry.layers.star_relu import SquaredReLU, StarReLU
 from tokenry.mixers.registry import MixerFactory, accepted_keywords, mixer_factory, size_keywords
@@ -111,7 +109,6 @@ class MetaFormer(Backbone):
             raise ValueError(
                 f"head must be 'linear' or 'mlp' and head_norm 'before_pool' or 'after_pool', got {head!r}, {head_norm!r}"
             )
-        self._check_pool(global_pool, num_classes)
         mixers = [mixer_factory(m) for m in _per_stage("token_mixers", token_mixers, stages)]
         own = _per_stage("mixer_kwargs", mixer_kwargs, stages)
         layer_scales = _per_stage("layer_scale", layer_scale, stages)
@@ -125,8 +122,6 @@ class MetaFormer(Backbone):
 
         rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
 
-        self.global_pool = global_pool
-        self._head_kind = (head, head_norm, drop_rate)
         self.stem = Embedding(in_chans, dims[0], stem, after=embedding_norm(dims[0]), init=embed_init, **where)
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         height, width = self.stem.size(sides[0]), self.stem.size(sides[1])
@@ -159,33 +154,7 @@ class MetaFormer(Backbone):
         self.min_size = min(32, self.feature_info[-1]["reduction"])
         self.feature_norms = nn.ModuleList(make_norm(dim) for dim in dims) if feature_norms else None
         last = make_norm(dims[-1]) if head_norm == "before_pool" else nn.LayerNorm(dims[-1], eps=norm_eps, **where)
-        self.head = Head(
-            last, head_norm == "before_pool", drop_rate, self._classifier(num_classes, **where), global_pool
-        )
-
-    @staticmethod
-    def _check_pool(global_pool: str, num_classes: int) -> None:
-        if global_pool not in ("avg", "") or (not global_pool and num_classes):
-            raise ValueError(
-                f"global_pool must be 'avg', or '' together with num_classes=0; got {global_pool!r} with {num_classes}"
-            )
-
-    def _classifier(self, num_classes: int, **where: Any) -> nn.Module:
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
-        if num_classes == 0:
-            return nn.Identity()
-        kind, _, drop_rate = self._head_kind
-        fc = (
-            MLPHead(self.num_features, num_classes, drop=drop_rate, **where)
-            if kind == "mlp"
-            else nn.Linear(self.num_features, num_classes, **where)
-        )
-        for linear in fc.modules():
-            if isinstance(linear, nn.Linear):
-                trunc_normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
-        return fc
+        self.head = Head(last, head_norm == "before_pool", dims[-1], num_classes, head, drop_rate, global_pool, **where)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -195,14 +164,6 @@ class MetaFormer(Backbone):
             for name, parameter in self.named_parameters()
             if parameter.ndim <= 1 or not parameter.requires_grad or name.endswith("pos_embed")
         }
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of ``num_classes`` (0: none), optionally with another pooling (``"avg"`` or ``""``)."""
-        pool = self.global_pool if global_pool is None else global_pool
-        self._check_pool(pool, num_classes)
-        like = self.stem.conv.weight
-        self.head.fc = self._classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
-        self.num_classes, self.global_pool, self.head.global_pool = num_classes, pool, pool
 
     def feature_norm(self, x: Tensor, stage: int) -> Tensor:
         """The norms of ``feature_norms=True`` (PoolFormer's detection form)."""

@@ -13,7 +13,7 @@ import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from tokenry.layers.mlp import ChannelMLP
+from tokenry.layers.mlp import ChannelMLP, MLPHead
 from tokenry.mixers.registry import Layout, layout_of
 from tokenry.vision.backbone import Stage
 
@@ -150,13 +150,64 @@ class ChannelsLastStage(Stage):
 
 
 class Head(nn.Module):
-    """Pooling, norm and classifier, in either order of the first two."""
+    """Pooling, norm and classifier, in either order of the first two.
 
-    def __init__(self, norm: nn.Module, norm_first: bool, drop: float, fc: nn.Module, global_pool: str = "avg") -> None:
+    Args:
+        norm: Norm of C channels.
+        norm_first: Whether it comes before the pooling.
+        dim: Channels C.
+        num_classes: Classes; 0 leaves the classifier out.
+        kind: ``"linear"`` or ``"mlp"``.
+        drop: Dropout rate before the last map.
+        global_pool: ``"avg"``, or ``""`` for a map, without a classifier.
+        device: Torch device.
+        dtype: Torch dtype.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        norm_first: bool,
+        dim: int,
+        num_classes: int,
+        kind: str = "linear",
+        drop: float = 0.0,
+        global_pool: str = "avg",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.norm, self.norm_first, self.global_pool = norm, norm_first, global_pool
+        self.norm, self.norm_first = norm, norm_first
+        self.dim, self.kind, self.drop_rate, self.global_pool = dim, kind, drop, global_pool
         self.drop = nn.Dropout(drop)
-        self.fc = fc
+        self.fc: nn.Module = nn.Identity()
+        self._make(num_classes, global_pool, device, dtype)
+
+    def _make(self, num_classes: int, global_pool: str, device: Any, dtype: Any) -> None:
+        if global_pool not in ("avg", "") or (not global_pool and num_classes):
+            raise ValueError(
+                f"global_pool must be 'avg', or '' together with num_classes=0; got {global_pool!r} with {num_classes}"
+            )
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        self.global_pool, self.fc = global_pool, nn.Identity()
+        if num_classes and self.kind == "mlp":
+            self.fc = MLPHead(self.dim, num_classes, drop=self.drop_rate, device=device, dtype=dtype)
+        elif num_classes:
+            self.fc = nn.Linear(self.dim, num_classes, device=device, dtype=dtype)
+        for linear in self.fc.modules():
+            if isinstance(linear, nn.Linear):
+                trunc_normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+
+    def reset(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of ``num_classes`` (0: none), optionally with another pooling."""
+        like = next(self.norm.parameters(), None)
+        like = next(self.fc.parameters(), None) if like is None else like
+        device, dtype = (like.device, like.dtype) if like is not None else (None, None)
+        self._make(num_classes, self.global_pool if global_pool is None else global_pool, device, dtype)
+        self.fc.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, num_classes), or the features before the classifier."""
