@@ -1,4 +1,4 @@
-"""Where a causal language model keeps its decoder layers."""
+"""Where a causal language model keeps its decoder layers, and how wide its output is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["decoder_blocks"]
+__all__ = ["decoder_blocks", "output_size"]
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -35,3 +35,9 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
     raise ValueError(f"{type(model).__name__} holds no list of {layers} decoder layers")
+
+
+def output_size(model: PreTrainedModel) -> int:
+    """Width of the model's logits."""
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else model.config.get_text_config(decoder=True).vocab_size

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tokenry.decoding.acceptance import accept_greedy
+from tokenry.decoding.decoder_blocks import output_size
 from tokenry.decoding.draft_tree import DraftTree
 from tokenry.decoding.engine import (
     DecodingState,
@@ -33,7 +34,6 @@ from tokenry.decoding.engine import (
 )
 from tokenry.decoding.statistics import DecodingStats
 from tokenry.decoding.stopping import RowStopping
-from tokenry.decoding.token_recycling import output_size
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:

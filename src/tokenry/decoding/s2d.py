@@ -31,12 +31,11 @@ from transformers.utils import logging
 
 from tokenry.assets import model_path
 from tokenry.decoding.acceptance import Accepted
-from tokenry.decoding.decoder_blocks import decoder_blocks
+from tokenry.decoding.decoder_blocks import decoder_blocks, output_size
 from tokenry.decoding.draft_tree import DraftTree
 from tokenry.decoding.engine import DecodingState, DraftStrategy, Proposal
 from tokenry.decoding.nested_exits import ModelPart, NestedRun, with_layers
 from tokenry.decoding.row_reader import check_reader
-from tokenry.decoding.token_recycling import output_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenry.decoding.acceptance import Accepted
+from tokenry.decoding.decoder_blocks import output_size
 from tokenry.decoding.draft_tree import DraftTree
 from tokenry.decoding.engine import DecodingState, DraftStrategy, Proposal
 from tokenry.decoding.latency import pass_latency
@@ -320,9 +321,3 @@ def by_use(paths: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         return product
 
     return sorted((tuple(path) for path in paths), key=lambda path: (-likelihood(path), len(path), path))
-
-
-def output_size(model: PreTrainedModel) -> int:
-    """Width of the model's logits."""
-    head = model.get_output_embeddings()
-    return head.weight.shape[0] if head is not None else model.config.get_text_config(decoder=True).vocab_size
