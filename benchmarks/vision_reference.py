@@ -25,6 +25,7 @@ from torch import nn
 
 from tokenry.measure import interleave
 from tokenry.vision import load_checkpoint, metaformer
+from tokenry.vision.ms_mlp import KERNEL_SIZES
 
 # card, our model, the authors' repository, the module in it, and what makes their model there
 MODELS = [
@@ -38,9 +39,26 @@ MODELS = [
     ("metaformer-baselines", "caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
     ("metaformer-baselines", "built_convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18"),
     ("metaformer-baselines", "built_caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
+    ("cas-vit", "cas_vit_xs", "CAS-ViT", "classification.model.rcvit", "rcvit_xs"),
+    (
+        "efficientvim",
+        "tokenry_efficientvim_m1",
+        "EfficientViM",
+        "classification.models.EfficientViM",
+        "EfficientViM_M1",
+    ),
+    ("transnext", "transnext_micro", "TransNeXt/classification", "transnext", "transnext_micro"),
+    ("uniformer", "uniformer_small", "UniFormer/image_classification", "models.uniformer", "uniformer_small"),
+    ("uniformer", "uniformer_xxs", "UniFormer/image_classification", "models.uniformer_light", "uniformer_xxs"),
+    ("stvit", "stvit_small", "STViT", "models.stvit", "stvit_small"),
+    ("ms-mlp", "ms_mlp_tiny", "MS-MLP", "models.ms_mlp", "MS_MLP"),
+    ("davit", "davit_tiny", "davit/timm", "models.davit", "DaViT_tiny"),  # ours is timm's of today
 ]
 # Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).
-ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ms_mlp_tiny": ({"depths": (3, 3, 9, 3), "mix_size": KERNEL_SIZES}, {}),
+    "stvit_small": ({"args": types.SimpleNamespace(drop=0.0, drop_path=0.0)}, {}),
+}
 BUILT = {  # timm has models of these names; the same ones from our builder
     "built_convformer_s18": "sep_conv",
     "built_caformer_s18": ("sep_conv", "sep_conv", "attention", "attention"),
@@ -55,6 +73,13 @@ def old_timm_names() -> None:
     helpers.to_2tuple = to_2tuple
     registry = types.ModuleType("timm.models.registry")
     registry.register_model = lambda function: function  # keep timm's own models under these names
+    einops = types.ModuleType("einops")  # imported by some, called by none
+    einops.rearrange = einops.repeat = None
+    sys.modules.setdefault("einops", einops)
+    packages = types.ModuleType("pkg_resources")  # asked whether a compiled extension is installed: it is not
+    packages.DistributionNotFound = LookupError
+    packages.get_distribution = {}.__getitem__
+    sys.modules.setdefault("pkg_resources", packages)
     sys.modules |= {
         "timm.models.layers": layers,
         "timm.models.layers.helpers": helpers,

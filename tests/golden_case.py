@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +69,12 @@ class GoldenCase:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return {k.removeprefix("in."): v for k, v in self._tensors.items() if k.startswith("in.")}
+        """Stored inputs, and those that a rule ``normal(seed, shape)`` makes again."""
+        found = {k.removeprefix("in."): v for k, v in self._tensors.items() if k.startswith("in.")}
+        for name, rule in self.spec.get("input_rules", {}).items():
+            seed, *shape = map(int, re.findall(r"\d+", rule))
+            found[name] = torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+        return found
 
     @property
     def outputs(self) -> dict[str, Tensor]:

@@ -26,7 +26,17 @@ QUESTIONS = [
     ("mix tokens in the frequency domain", "affnet"),
     ("replace attention by pooling", "poolformer"),
     ("caformer", "metaformer-baselines"),
+    ("enlarge small photographs super-resolution", "dlgsanet"),
+    ("image network for a phone exported to onnx", "cas-vit"),
+    ("vision mamba without a scan kernel", "efficientvim"),
+    ("shift channels instead of attention", "ms-mlp"),
+    ("backbone that sees neighbours sharply and the image coarsely", "transnext"),
+    ("fuse local windows with a global overview", "maformer"),
     ("affnet_t", "affnet"),
+    ("attention between channels", "davit"),
+    ("window attention with a global query", "gc-vit"),
+    ("combine convolution with self-attention", "uniformer"),
+    ("superpixels that attend to each other", "stvit"),
 ]
 
 

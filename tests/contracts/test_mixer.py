@@ -27,7 +27,30 @@ from tokenry.vision import metaformer
 
 DIM = 16
 SIZES = [(6, 6), (5, 7), (1, 1), (2, 9)]
-SLUGS = {"aff": "affnet", "pool": "poolformer", "spatial_fc": "poolformer"}
+SLUGS = {
+    "aff": "affnet",
+    "aggregated_attention": "transnext",
+    "cat": "cas-vit",
+    "channel_attention": "davit",
+    "cosine_attention": "transnext",
+    "dss2d": "hrvmamba",
+    "dual_attention": "davit",
+    "dynamic_local": "dlgsanet",
+    "global_mhra": "uniformer",
+    "global_query": "gc-vit",
+    "hsm_ssd": "efficientvim",
+    "local_mhra": "uniformer",
+    "maf": "maformer",
+    "mix_shift": "ms-mlp",
+    "pool": "poolformer",
+    "selective_channel": "mambamixer",
+    "selective_token": "mambamixer",
+    "self_guided": "sg-former",
+    "sparse_channel": "dlgsanet",
+    "spatial_fc": "poolformer",
+    "super_token": "stvit",
+    "window_attention": "davit",
+}
 
 
 def make(name: str, grid: tuple[int, int] = (6, 6), dim: int = DIM, **kwargs) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""The command line: ``tokenry list | search | show | compare | verify | status | report | demo | mixture | detect``."""
+"""The command line: ``tokenry list | search | show | compare | verify | status | report | demo | mixture | detect | audit | batch | upscale``."""
 
 from tokenry.cli.main import app, run
 

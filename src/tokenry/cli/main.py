@@ -17,6 +17,7 @@ from tokenry.cli.audit import audit
 from tokenry.cli.batch import batch
 from tokenry.cli.detect import detect
 from tokenry.cli.mixture import mixture
+from tokenry.cli.upscale import upscale
 
 __all__ = ["app", "run"]
 
@@ -31,6 +32,7 @@ app.command()(mixture)
 app.command()(detect)
 app.command()(audit)
 app.command()(batch)
+app.command()(upscale)
 
 console = Console()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

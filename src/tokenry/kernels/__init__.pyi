@@ -2,6 +2,9 @@ from .adaptive_filter import adaptive_frequency_filter as adaptive_frequency_fil
 from .adaptive_filter import frequency_mask as frequency_mask
 from .attention_sums import AttentionSums as AttentionSums
 from .attention_sums import attention_sums as attention_sums
+from .dcnv4 import dcnv4 as dcnv4
+from .dcnv4 import offset_mask_width as offset_mask_width
+from .dynamic_dwconv import dynamic_dwconv as dynamic_dwconv
 from .flow_attention import flow_attention as flow_attention
 from .kv_compaction import compact_path as compact_path
 from .kv_compaction import compact_rows as compact_rows
@@ -11,6 +14,17 @@ from .linear_cross_entropy import Plan as Plan
 from .linear_cross_entropy import dense_nll as dense_nll
 from .partial_attention import merge_partial_attention as merge_partial_attention
 from .partial_attention import partial_attention as partial_attention
+from .scan_orders import BIDIRECTIONAL as BIDIRECTIONAL
+from .scan_orders import CAUSAL as CAUSAL
+from .scan_orders import CROSS as CROSS
+from .scan_orders import cross_merge as cross_merge
+from .scan_orders import cross_scan as cross_scan
+from .scan_orders import scan_order as scan_order
+from .selective_scan import selective_scan as selective_scan
+from .selective_scan import selective_scan_reference as selective_scan_reference
+from .selective_scan import selective_scan_step as selective_scan_step
+from .sliding_window import window_scores as window_scores
+from .sliding_window import window_sum as window_sum
 from .sparse_decode_attention import decode_scores as decode_scores
 from .sparse_decode_attention import full_attention_and_top as full_attention_and_top
 from .sparse_decode_attention import sparse_decode_attention as sparse_decode_attention

@@ -36,12 +36,31 @@ __all__ = [
 # Name to where it is. Modules load on first use.
 MIXERS: dict[str, str | type[nn.Module]] = {
     "aff": "tokenry.mixers.aff:AFFMixer",
+    "aggregated_attention": "tokenry.mixers.aggregated_attention:AggregatedAttention",
     "attention": "tokenry.mixers.attention:AttentionMixer",
+    "cat": "tokenry.mixers.cat:CATMixer",
+    "channel_attention": "tokenry.mixers.channel_attention:ChannelGroupAttention",
+    "cosine_attention": "tokenry.mixers.aggregated_attention:CosineAttention",
+    "dss2d": "tokenry.mixers.dss2d:DSS2D",
+    "dual_attention": "tokenry.mixers.dual_attention:DualAttention",
+    "dynamic_local": "tokenry.mixers.dynamic_local:DynamicLocalAttention",
+    "global_mhra": "tokenry.mixers.mhra:GlobalMHRA",
+    "global_query": "tokenry.mixers.global_query:GlobalQueryAttention",
+    "hsm_ssd": "tokenry.mixers.hsm_ssd:HSMSSD",
     "identity": "tokenry.mixers.identity:IdentityMixer",
+    "local_mhra": "tokenry.mixers.mhra:LocalMHRA",
+    "maf": "tokenry.mixers.maf:MAFMixer",
+    "mix_shift": "tokenry.mixers.mix_shift:MixShift",
     "pool": "tokenry.mixers.pool:PoolingMixer",
     "random": "tokenry.mixers.random:RandomMixer",
+    "selective_channel": "tokenry.mixers.selective_channel:SelectiveChannelMixer",
+    "selective_token": "tokenry.mixers.selective_token:SelectiveTokenMixer",
+    "self_guided": "tokenry.mixers.self_guided:SelfGuidedMixer",
     "sep_conv": "tokenry.mixers.sep_conv:SepConvMixer",
+    "sparse_channel": "tokenry.mixers.sparse_channel:SparseChannelAttention",
     "spatial_fc": "tokenry.mixers.spatial_fc:SpatialFCMixer",
+    "super_token": "tokenry.mixers.super_token:SuperTokenAttention",
+    "window_attention": "tokenry.mixers.window_attention:WindowAttentionMixer",
 }
 
 
@@ -73,7 +92,10 @@ def list_mixers() -> list[str]:
 
     Example:
         >>> list_mixers()
-        ['aff', 'attention', 'identity', 'pool', 'random', 'sep_conv', 'spatial_fc']
+        ['aff', 'aggregated_attention', 'attention', 'cat', 'channel_attention', 'cosine_attention', 'dss2d', 'dual_attention',
+         'dynamic_local', 'global_mhra', 'global_query', 'hsm_ssd', 'identity', 'local_mhra', 'maf', 'mix_shift', 'pool',
+         'random', 'selective_channel', 'selective_token', 'sep_conv', 'sparse_channel', 'spatial_fc', 'super_token',
+         'window_attention']
     """
     return sorted(MIXERS)
 

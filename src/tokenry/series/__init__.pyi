@@ -9,6 +9,8 @@ from .models import ModelKind as ModelKind
 from .naive import SeasonalNaive as SeasonalNaive
 from .time_tokens import TimeTokenTransformer as TimeTokenTransformer
 from .time_tokens import TimeTokenTransformerConfig as TimeTokenTransformerConfig
+from .tsm2 import TSM2Config as TSM2Config
+from .tsm2 import TSM2ForPrediction as TSM2ForPrediction
 from .windows import Scaler as Scaler
 from .windows import Windows as Windows
 from .windows import order_columns as order_columns

@@ -54,6 +54,7 @@ HERE = "tokenry.series"
 ITRANSFORMER = (f"{HERE}.itransformer:ITransformerForPrediction", f"{HERE}.itransformer:ITransformerConfig")
 TIME_TOKENS = (f"{HERE}.time_tokens:TimeTokenTransformer", f"{HERE}.time_tokens:TimeTokenTransformerConfig")
 LINEAR = (f"{HERE}.linear:LinearForPrediction", f"{HERE}.linear:LinearForecastConfig")
+TSM2 = (f"{HERE}.tsm2:TSM2ForPrediction", f"{HERE}.tsm2:TSM2Config")
 # The small PatchTST that its authors use for ETT; the flattened head is theirs too.
 PATCHTST = {
     "patch_length": 16, "patch_stride": 8, "d_model": 16, "num_attention_heads": 4, "ffn_dim": 128, "pooling_type": None,
@@ -68,6 +69,7 @@ MODELS: dict[str, ModelKind] = {
     "nlinear": ModelKind(*LINEAR, {"variant": "nlinear"}, 5e-3),
     "dlinear": ModelKind(*LINEAR, {"variant": "dlinear"}, 5e-3),
     "patchtst": ModelKind("transformers:PatchTSTForPrediction", "transformers:PatchTSTConfig", PATCHTST, 1e-3),
+    "tsm2": ModelKind(*TSM2, {}, 1e-3),
     "seasonal-naive": ModelKind(f"{HERE}.naive:SeasonalNaive"),
     "repeat-last": ModelKind(f"{HERE}.naive:SeasonalNaive", "", {"season_length": 1}),
 }

@@ -2,18 +2,53 @@
 
 from tokenry.vision import metaformer_baselines as _metaformer_baselines  # noqa: F401  registers its models
 from tokenry.vision.affnet import AFFNet
+from tokenry.vision.cas_vit import CASViT
 from tokenry.vision.checkpoints import checkpoint_filter_fn, convert_in21k_head, load_checkpoint
+from tokenry.vision.dlgsanet import DLGSANet, load_dlgsanet
+from tokenry.vision.draw_tokens import draw_tokens, token_maps
+from tokenry.vision.efficientvim import EfficientViM
+from tokenry.vision.gc_vit import FusedMBDown, GCViT, convert_gcvit
+from tokenry.vision.hrvmamba import HRVMamba
+from tokenry.vision.maformer import MAFormer
 from tokenry.vision.metaformer import MetaFormer, metaformer
 from tokenry.vision.metaformer_blocks import MetaFormerBlock
+from tokenry.vision.ms_mlp import MSMLP
+from tokenry.vision.multi_resolution_heads import HeatmapHead, SegmentationHead
 from tokenry.vision.poolformer import poolformer
+from tokenry.vision.sg_former import SGFormer
+from tokenry.vision.stvit import STViT
+from tokenry.vision.super_resolution import upscale_image
+from tokenry.vision.transnext import TransNeXt
+from tokenry.vision.uniformer import UniFormer
+from tokenry.vision.uniformer_light import UniFormerLight
 
 __all__ = [
     "AFFNet",
+    "CASViT",
+    "DLGSANet",
+    "EfficientViM",
+    "FusedMBDown",
+    "GCViT",
+    "HRVMamba",
+    "HeatmapHead",
+    "MAFormer",
+    "MSMLP",
     "MetaFormer",
     "MetaFormerBlock",
+    "SGFormer",
+    "STViT",
+    "SegmentationHead",
+    "TransNeXt",
+    "UniFormer",
+    "UniFormerLight",
     "checkpoint_filter_fn",
+    "convert_gcvit",
     "convert_in21k_head",
+    "draw_tokens",
     "load_checkpoint",
+    "load_dlgsanet",
     "metaformer",
     "poolformer",
+    "token_maps",
+    "upscale_image",
 ]

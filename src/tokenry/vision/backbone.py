@@ -319,8 +319,7 @@ def check_shapes(
         return
     likely = ""
     for name, arguments in (variants or {}).items():
-        with torch.device("meta"):
-            other = type(model)(**arguments).state_dict()
+        other = type(model)(**{**arguments, "device": "meta"}).state_dict()
         if not any(faults({key: value.shape for key, value in other.items()})):
             likely = f" It looks like {name}: make the model with timm.create_model({name!r})."
             break

@@ -28,6 +28,7 @@ METHODS: dict[str, str | None] = {
     "itransformer": "itransformer",
     "iflowformer": "itransformer",
     "patchtst": None,
+    "tsm2": "mambamixer",
     "time-tokens": None,
 }
 WIDE = ("itransformer", "iflowformer", "time-tokens")  # the setting `width` is theirs

@@ -1,0 +1,127 @@
+"""Measurements of multi-scale attention fusion."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import paired_difference, train_networks
+
+SEEDS = 3
+EPOCHS = 4
+SIDES = (8, 16, 32, 48)
+SKELETON: dict[str, Any] = {
+    "depths": (2,), "dims": (64,), "num_classes": 10, "img_size": 32, "stem": (4, 4, 0), "act": "gelu",
+}  # fmt: skip
+
+
+def _ablations() -> dict[str, Any]:
+    """The mixer and what is left of it without one part each; all take (B, H, W, C) maps."""
+    import torch
+    from torch import nn
+
+    from tokenry.mixers.maf import MAFMixer
+
+    class Ablation(MAFMixer):
+        def __init__(self, dim: int, part: str, *, input_size: tuple[int, int], **kwargs: Any) -> None:
+            super().__init__(dim, input_size=input_size, window_size=4, **kwargs)
+            self.part = part
+            if part == "pooled overview":
+                self.gld.fc.weight.requires_grad_(False)
+            for name in {"local alone": ("gld", "fusion"), "global alone": ("local",)}.get(part, ()):
+                setattr(self, name, nn.Identity())
+            if part == "sum":
+                self.fusion = nn.Identity()
+                self.spread = nn.Linear(self.gld.fc.out_features, self.gld.fc.in_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x.flatten(1, 2)
+            if self.part == "local alone":
+                return self.local(x)
+            if self.part == "global alone":
+                return self.fusion(tokens, self.gld(tokens)).view(x.shape)
+            local = self.local(x)
+            if self.part == "sum":
+                return local + self.spread(self.gld(tokens).transpose(1, 2)).transpose(1, 2).view(x.shape)
+            return local + self.fusion(local.flatten(1, 2), self.gld(tokens)).view(x.shape)
+
+    parts = ("fusion", "local alone", "global alone", "pooled overview", "sum")
+
+    def make(part: str, dim: int, *, input_size: tuple[int, int], proj_drop: float = 0.0) -> nn.Module:
+        return Ablation(dim, part, input_size=input_size, proj_drop=proj_drop)
+
+    return {part: partial(make, part) for part in parts}
+
+
+@measures("maformer", "fusion-helps")
+def fusion_helps(context: Context) -> Measurement:
+    """One small network with the mixer and with each of its parts taken away."""
+    from tokenry.vision import metaformer
+
+    networks = {name: partial(metaformer, mixer, **SKELETON) for name, mixer in _ablations().items()}
+    networks["no mixer"] = partial(metaformer, "identity", **SKELETON)
+    found = train_networks(context, networks, epochs=EPOCHS, seeds=SEEDS)
+    means = {name: statistics.mean(values) for name, values in found.items()}
+    gaps = {name: paired_difference(found["fusion"], values) for name, values in found.items() if name != "fusion"}
+    return Measurement(
+        shows=all(gap >= -error for gap, error in gaps.values()),
+        value=round(means["fusion"], 2),
+        baseline=round(max(means["local alone"], means["global alone"]), 2),
+        spread=round(statistics.stdev(found["fusion"]), 2),
+        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: "
+        + ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items())
+        + "; fusion over "
+        + ", ".join(f"{name} {gap:+.1f} +- {error:.1f}" for name, (gap, error) in gaps.items())
+        + " points (none may be below zero by more than its standard error)",
+        details={"accuracies": found, "gaps": gaps},
+        charts=(
+            {
+                "type": "bars",
+                "title": "Test accuracy (%)",
+                "values": {name: round(mean, 2) for name, mean in means.items()},
+                "spread": {name: statistics.stdev(values) for name, values in found.items()},
+                "baseline": "no mixer",
+            },
+        ),
+    )
+
+
+@measures("maformer", "cost")
+def cost(context: Context) -> Measurement:
+    """Parameters of the overview, and the mixer's time over the tokens beside window attention's."""
+    import torch
+
+    from tokenry.measure import fit_exponent, interleave
+    from tokenry.mixers import create_mixer
+    from tokenry.mixers.maf import GLD
+
+    def times(side: int) -> dict[str, float]:
+        torch.manual_seed(context.seed)
+        mixers = {
+            "maf": create_mixer("maf", 32, input_size=(side, side)).to(context.device).eval(),
+            "window_attention": create_mixer("window_attention", 32).to(context.device).eval(),
+        }
+        x = torch.randn(1, side, side, 32, device=context.device)
+        with torch.inference_mode():
+            measured = interleave(
+                {name: partial(mixer, x) for name, mixer in mixers.items()},
+                repeats=5,
+                device=context.device,
+                min_seconds=0.02,
+            )
+        return {name: timing.median for name, timing in measured.items()}
+
+    params = GLD(64, (56, 56), device="meta").fc.weight.numel() / 1e6
+    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
+    tokens = [side**2 for side in SIDES]
+    exponents = {name: fit_exponent(tokens, [row[name] for row in rows]) for name in rows[0]}
+    return Measurement(
+        shows=abs(params - 4.9) < 0.05 and exponents["maf"] > exponents["window_attention"] + 0.1,
+        value=round(params, 2),
+        baseline=4.9,
+        sentence=f"the overview's matrix at 56x56 tokens has {params:.2f} M parameters (must be 4.9); time grows as "
+        f"N^{exponents['maf']:.2f}, window attention's as N^{exponents['window_attention']:.2f} (must be less by over 0.1)",
+        details={"tokens": tokens, "seconds": rows},
+    )

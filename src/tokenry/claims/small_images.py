@@ -1,0 +1,96 @@
+"""Small networks trained on small photographs inside a claim: the same images, order, steps and rates for all of them.
+
+The shipped sample of CIFAR-10 (1,600 images to train, 400 to test) shows effects of several points; differences of one or
+two points drown in the noise of 400 test images, and claims that look for them must say so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenry.claims.registry import Context
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["count_against", "paired_difference", "train_networks"]
+
+
+def train_networks(
+    context: Context, networks: Mapping[str, Callable[[], nn.Module]], *, epochs: int, seeds: int, batch: int = 64
+) -> dict[str, list[float]]:
+    """Train every network with every seed on the shipped photographs, in resumable steps.
+
+    Args:
+        context: The claim's.
+        networks: Name to what makes the network; called after the seed is set.
+        epochs: Passes over the 1,600 images.
+        seeds: How many seeds, from the context's on.
+        batch: Images per step.
+
+    Returns:
+        Name to the test accuracies in percent, one per seed.
+    """
+    from tokenry.assets import cifar10_sample
+    from tokenry.vision.image_training import Images, Training, train_classifier
+
+    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
+    found: dict[str, list[float]] = {name: [] for name in networks}
+    for seed in range(context.seed, context.seed + seeds):
+        for name, make in networks.items():
+
+            def run(make: Callable[[], nn.Module] = make, seed: int = seed) -> dict[str, float]:
+                return train_classifier(make, images, Training(epochs=epochs, batch=batch), seed).as_dict()
+
+            found[name].append(context.session.step(f"{name}/{epochs}epochs/seed{seed}", run)["accuracy"])
+    return found
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean difference over seeds and its standard error.
+
+    Example:
+        >>> paired_difference([3.0, 5.0], [1.0, 1.0])
+        (3.0, 1.0)
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def count_against(
+    context: Context, table: Mapping[str, tuple[int, float]], side: int = 224
+) -> tuple[bool, str, dict[str, Any]]:
+    """Parameters and multiply-accumulates of registered models against published ones.
+
+    Args:
+        context: The claim's.
+        table: timm name to exact parameters and billions of multiply-accumulates at ``side``.
+        side: Side of the images.
+
+    Returns:
+        Whether all parameters are equal and all multiply-accumulates within 1 %; a sentence part; the counts.
+    """
+    import timm
+    import torch
+
+    import tokenry.vision  # noqa: F401  registers the models
+    from tokenry.measure import count_macs
+
+    def count(name: str) -> dict[str, float]:
+        model = timm.create_model(name).eval()
+        return {
+            "params": sum(p.numel() for p in model.parameters()),
+            "macs": count_macs(model, torch.zeros(1, 3, side, side)) / 1e9,
+        }
+
+    found = {name: context.session.step(f"count/{name}", lambda name=name: count(name)) for name in table}
+    equal = all(found[name]["params"] == params for name, (params, _) in table.items())
+    near = all(abs(found[name]["macs"] / macs - 1) <= 0.01 for name, (_, macs) in table.items())
+    text = ", ".join(
+        f"{name} {found[name]['params']:,.0f} parameters ({params:,} published) and {found[name]['macs']:.2f} G ({macs:g})"
+        for name, (params, macs) in table.items()
+    )
+    return equal and near, text, found

@@ -1,0 +1,127 @@
+"""Weighted averages of all earlier features, in place of residual connections.
+
+Behrouz et al., "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection", 2024,
+arXiv:2403.19888.
+
+For layers l = 1 ... n of a token mixer with output T_l and a channel mixer with output C_l, and T_0 = C_0 = x:
+
+    input of token mixer l    = sum_{i<l}  alpha_{l,i} T_i + sum_{i<l} beta_{l,i}  C_i
+    input of channel mixer l  = sum_{i<=l} theta_{l,i} T_i + sum_{i<l} gamma_{l,i} C_i
+
+The weights are learned scalars as they are: no softmax, and they need not add up to one. There are n (2 n + 3) of them. No
+output is thrown away before the last layer, so the memory of n layers grows with n^2 in inference and not in training,
+where it is kept anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DenseAverage"]
+
+
+class DenseAverage(nn.Module):
+    """The learned weights of n layers, and the averages that they make.
+
+    Parameters are ``alpha.{l-1}`` (l numbers), ``beta.{l-1}`` (l), ``theta.{l-1}`` (l + 1), ``gamma.{l-1}`` (l). The paper leaves
+    their start open. Here alpha_{1,0} = beta_{1,0} = 1/2, since both stand for the input, beta_{l,l-1} = 1 from the second layer
+    on, theta_{l,l} = gamma_{l,l-1} = 1, and the rest is zero: a chain in which every token mixer has a residual.
+
+    Args:
+        num_layers: Layers n.
+        device: Torch device.
+        dtype: Torch dtype.
+
+    Raises:
+        ValueError: No layer; lists of another length than a layer has earlier outputs.
+
+    Example:
+        >>> average = DenseAverage(2)
+        >>> sum(p.numel() for p in average.parameters())
+        14
+        >>> x, half = torch.ones(1, 3), torch.nn.Linear(3, 3)
+        >>> average(x, [half, torch.tanh], [torch.relu, torch.sin]).shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(
+        self, num_layers: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        self.num_layers = num_layers
+
+        def weights(more: int) -> nn.ParameterList:
+            sizes = range(1 + more, num_layers + 1 + more)
+            return nn.ParameterList(nn.Parameter(torch.empty(size, device=device, dtype=dtype)) for size in sizes)
+
+        self.alpha, self.beta, self.theta, self.gamma = weights(0), weights(0), weights(1), weights(0)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A chain of mixers in which every token mixer has a residual."""
+        for weights in (self.alpha, self.beta, self.theta, self.gamma):
+            for weight in weights:
+                weight.zero_()
+                if weights is not self.alpha:
+                    weight[-1] = 1.0
+        self.alpha[0].fill_(0.5)
+        self.beta[0].fill_(0.5)
+
+    def token_input(self, layer: int, tokens: Sequence[Tensor], channels: Sequence[Tensor]) -> Tensor:
+        """Input of token mixer ``layer`` (from 1) from ``tokens`` T_0 ... T_{l-1} and ``channels`` C_0 ... C_{l-1}."""
+        self._check(layer, tokens, channels, layer, layer)
+        return _weighted(self.alpha[layer - 1], tokens) + _weighted(self.beta[layer - 1], channels)
+
+    def channel_input(self, layer: int, tokens: Sequence[Tensor], channels: Sequence[Tensor]) -> Tensor:
+        """Input of channel mixer ``layer`` (from 1) from ``tokens`` T_0 ... T_l and ``channels`` C_0 ... C_{l-1}."""
+        self._check(layer, tokens, channels, layer + 1, layer)
+        return _weighted(self.theta[layer - 1], tokens) + _weighted(self.gamma[layer - 1], channels)
+
+    def _check(self, layer: int, tokens: Sequence[Any], channels: Sequence[Any], most: int, less: int) -> None:
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"layer must be from 1 to {self.num_layers}, got {layer}")
+        if (len(tokens), len(channels)) != (most, less):
+            raise ValueError(
+                f"layer {layer} takes {most} outputs of token mixers and {less} of channel mixers, the input counted as "
+                f"the first of both; got {len(tokens)} and {len(channels)}"
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mixers: Sequence[Callable[[Tensor], Tensor]],
+        channel_mixers: Sequence[Callable[[Tensor], Tensor]],
+    ) -> Tensor:
+        """Run all layers: the last channel mixer's output.
+
+        Args:
+            x: The input of the first layer, of any shape that the mixers keep.
+            token_mixers: One per layer.
+            channel_mixers: One per layer; an identity where a layer has none.
+        """
+        if not len(token_mixers) == len(channel_mixers) == self.num_layers:
+            raise ValueError(
+                f"there are weights for {self.num_layers} layers, got {len(token_mixers)} token mixers and "
+                f"{len(channel_mixers)} channel mixers"
+            )
+        tokens, channels = [x], [x]
+        for layer, (mix_tokens, mix_channels) in enumerate(zip(token_mixers, channel_mixers, strict=True), start=1):
+            tokens.append(mix_tokens(self.token_input(layer, tokens, channels)))
+            channels.append(mix_channels(self.channel_input(layer, tokens, channels)))
+        return channels[-1]
+
+
+def _weighted(weight: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """The sum of the outputs, each times its number."""
+    first, *rest = weight.unbind()
+    total = outputs[0] * first
+    for number, output in zip(rest, outputs[1:], strict=True):
+        total = torch.addcmul(total, output, number)
+    return total
