@@ -52,6 +52,8 @@ MODELS = [
     ("uniformer", "uniformer_xxs", "UniFormer/image_classification", "models.uniformer_light", "uniformer_xxs"),
     ("stvit", "stvit_small", "STViT", "models.stvit", "stvit_small"),
     ("ms-mlp", "ms_mlp_tiny", "MS-MLP", "models.ms_mlp", "MS_MLP"),
+    ("t2t-vit", "t2t_vit_7", "T2T-ViT", "models.t2t_vit", "t2t_vit_7"),
+    ("t2t-vit", "t2t_vit_t_14", "T2T-ViT", "models.t2t_vit", "t2t_vit_t_14"),
     ("davit", "davit_tiny", "davit/timm", "models.davit", "DaViT_tiny"),  # ours is timm's of today
 ]
 # Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).

@@ -19,8 +19,8 @@ SLUGS = sorted(cards())
 ROOT = Path(__file__).parents[2]
 METHODS = {
     "affnet", "batchllm", "block-transformer", "byte-probabilities", "cas-vit", "cce", "data-mixture-inference",
-    "davit", "dlgsanet", "efficientvim", "ems", "fs-gen", "gc-vit", "itransformer", "lastde", "metaformer-baselines",
-    "ms-mlp", "poolformer", "ppd", "s2d", "skipdecode", "stvit", "superposed-decoding", "tidaldecode", "token-forcing",
+    "davit", "dlgsanet", "efficientvim", "dualtoken-vit", "ems", "fs-gen", "gc-vit", "hrvmamba", "itransformer", "lastde", "metaformer-baselines",
+    "mambamixer", "ms-mlp", "poolformer", "ppd", "s2d", "sg-former", "skipdecode", "stvit", "superposed-decoding", "t2t-vit", "tidaldecode", "token-forcing",
     "token-recycling", "transnext", "uniformer",
 }  # fmt: skip
 

@@ -32,11 +32,16 @@ QUESTIONS = [
     ("shift channels instead of attention", "ms-mlp"),
     ("backbone that sees neighbours sharply and the image coarsely", "transnext"),
     ("fuse local windows with a global overview", "maformer"),
+    ("global tokens that know their place", "dualtoken-vit"),
     ("affnet_t", "affnet"),
     ("attention between channels", "davit"),
     ("window attention with a global query", "gc-vit"),
+    ("keypoints and pose at high resolution", "hrvmamba"),
+    ("forecast series with a state space model instead of attention", "mambamixer"),
     ("combine convolution with self-attention", "uniformer"),
     ("superpixels that attend to each other", "stvit"),
+    ("keep detail of significant tokens and merge the others", "sg-former"),
+    ("overlapping patch embedding instead of plain patches", "t2t-vit"),
 ]
 
 

@@ -31,6 +31,7 @@ class Tiny:
         sizes: ``"any"``; ``"fixed"`` (``img_size`` alone); or the number that both sides must be multiples of.
         side: Side of the images in these tests; a multiple of ``sizes``.
         mobile: Whether it is exported to ONNX and run with onnxruntime.
+        tokens: Whether features before pooling are tokens (B, N, C), as of timm's plain transformers, and not maps.
     """
 
     slug: str
@@ -38,6 +39,7 @@ class Tiny:
     sizes: int | str = "any"
     side: int = 64
     mobile: bool = False
+    tokens: bool = False
 
 
 # One line per backbone: registered name -> its small form.
@@ -67,12 +69,35 @@ BACKBONES: dict[str, Tiny] = {
         "uniformer", {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "head_dim": 8}, sizes=32, mobile=True
     ),
     "uniformer_xxs": Tiny("uniformer", {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "head_dim": 8}, sizes=32),
+    "dualtoken_vit_tiny": Tiny(
+        "dualtoken-vit",
+        {"depths": (1, 1, 1), "dims": (8, 12, 16), "num_heads": (1, 2, 2), "mlp_ratios": (2, 2, 2), "grid": 2},
+        mobile=True,
+    ),
     "maformer_small": Tiny(
         "maformer", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 32), "img_size": 64, "window_size": 4}, "fixed"
     ),
     "sgformer_s": Tiny(
         "sg-former",
         {"depths": (2, 2, 2, 1), "dims": (8, 8, 16, 24), "num_heads": (2, 2, 4, 3), "pos_size": 16},
+    ),
+    "t2t_vit_7": Tiny(
+        "t2t-vit",
+        {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 2, "token_dim": 8},
+        "fixed",
+        mobile=True,
+        tokens=True,
+    ),
+    "t2t_vit_t_14": Tiny(
+        "t2t-vit",
+        {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 2, "token_dim": 8},
+        "fixed",
+        tokens=True,
+    ),
+    "vim2_tiny": Tiny(
+        "mambamixer",
+        {"depths": (2, 1, 2, 1), "dims": (8, 8, 16, 16), "d_state": 4, "channel_width": 64, "img_size": 64},
+        "fixed",
     ),
     "ms_mlp_tiny": Tiny("ms-mlp", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}, 32),
 }
@@ -199,7 +224,7 @@ def test_features_only(name):
 def test_forward_intermediates(name):
     net, x = make(name).eval(), images(1, 3, side(name), side(name))
     last, maps = net.forward_intermediates(x, indices=2)
-    assert len(maps) == 2 and last.ndim == 4
+    assert len(maps) == 2 and last.ndim == (3 if tiny(name).tokens else 4)
     first = net.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
     assert len(first) == 1
     torch.testing.assert_close(first[0], net.forward_intermediates(x, intermediates_only=True)[0])
@@ -213,7 +238,7 @@ def test_classifier_can_be_changed(name):
     net.reset_classifier(0)
     assert net(x).shape == (1, net.num_features)
     net.reset_classifier(0, "")
-    assert net(x).ndim == 4
+    assert net(x).ndim == (3 if tiny(name).tokens else 4)
     assert make(name, num_classes=0).eval()(x).shape == (1, net.num_features)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -94,7 +95,7 @@ def test_gradcheck(reverse):
 
     def run(*tensors):
         *inputs, state = tensors
-        return selective_scan(*inputs[:7], True, inputs[7], True, state, reverse)
+        return selective_scan(*inputs[:7], z=inputs[7], return_last_state=True, initial_state=state, reverse=reverse)
 
     assert torch.autograd.gradcheck(run, leaves)
 
@@ -237,6 +238,104 @@ def test_compiles_as_one_operator():
     torch.library.opcheck(
         torch.ops.tokenry.selective_scan, (*(x[k] for k in NAMES[:7]), x["initial_state"], True, False)
     )
+
+
+def near(actual, expected, tolerance=1e-5):
+    """Errors below a share of each tensor's largest entry: float32 sums in another order."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name].cpu().double() - value).abs().max() / value.abs().max()
+        assert error < tolerance, (name, error)
+
+
+@pytest.fixture
+def kernels():
+    module = pytest.importorskip("tokenry.kernels._triton.selective_scan", exc_type=ImportError)
+    if not module.INTERPRETED:
+        pytest.skip("Triton's interpreter is off; set TRITON_INTERPRET=1")
+    return module
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("states", "length", "softplus", "optional"),
+    [(1, 1, True, True), (1, 5, True, False), (3, 37, True, True), (2, 16, False, True), (16, 20, True, True)],
+)
+def test_triton_kernels_equal_the_definition(kernels, monkeypatch, reverse, states, length, softplus, optional):
+    """In the interpreter, through the operator; tiles of 16 so that there are several."""
+    monkeypatch.setattr(kernels, "tiles", lambda length, states: (16, -(-length // 16)))
+    monkeypatch.setattr(sys.modules["tokenry.kernels.selective_scan"], "_kernels", lambda device: kernels)
+    x = problem(2, 2, 2, states, length)
+    if not optional:
+        del x["D"], x["delta_bias"], x["z"], x["initial_state"]
+    if not softplus:
+        x["delta"], x["delta_bias"] = x["delta"].abs(), x["delta_bias"].abs()
+    options = {"delta_softplus": softplus, "reverse": reverse}
+    near(results(selective_scan, x, **options), results(selective_scan_reference, x, **options))
+
+
+def test_triton_kernels_in_half_precision_and_far_steps(kernels, monkeypatch):
+    """Steps from softplus(-30) to softplus(30) keep their relative precision; halves are only read and written."""
+    monkeypatch.setattr(sys.modules["tokenry.kernels.selective_scan"], "_kernels", lambda device: kernels)
+    x = problem(1, 1, 2, 2, 31)
+    x["delta"] = torch.linspace(-30, 30, 31).expand(1, 2, 31)
+    agree(results(selective_scan, x), results(selective_scan_reference, x))
+    state = x.pop("initial_state")
+    half = {k: v.half() if k in ("u", "delta", "B", "C", "z") else v for k, v in x.items()}
+    y, last = selective_scan(**half, initial_state=state, return_last_state=True)
+    exact, exact_last = selective_scan_reference(**half, initial_state=state, return_last_state=True)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, exact, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(last, exact_last, rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_cover_the_sequence(kernels):
+    for length in (1, 16, 17, 4096, 5000):
+        for states in (1, 3, 16, 200):
+            size, count = kernels.tiles(length, states)
+            assert size & (size - 1) == 0 and (count - 1) * size < length <= count * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_device(capability, tmp_path):
+    """Down to machine code for A100 and H100/H200, in a process where the interpreter is off."""
+    pytest.importorskip("triton")
+    code = f"""
+import os
+os.environ.update(TRITON_INTERPRET="0", TRITON_CACHE_DIR={str(tmp_path)!r})
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import tokenry.kernels._triton.selective_scan as kernels
+types = dict.fromkeys(["U", "Delta", "B", "C", "DU", "DDelta", "DY"], "*bf16") | dict.fromkeys(
+    ["A", "D", "Bias", "State", "Y", "Last", "Carries", "DLast", "DA", "DB", "DC", "DD", "DState"], "*fp32"
+)
+for states, reverse in ((1, False), (16, True)):
+    size = kernels.tiles(4096, states)[0]
+    fixed = dict(TILE=size, STATES=states, SOFTPLUS=True, REVERSE=reverse, HAS_D=True, HAS_BIAS=True)
+    for kernel in (kernels._forward, kernels._backward):
+        names = kernel.arg_names
+        signature = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
+        source = ASTSource(kernel, signature, {{(names.index(n),): value for n, value in fixed.items()}})
+        built = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=4))
+        assert len(built.asm["cubin"]) > 1000
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("states", "dtype", "tolerance"), [(1, torch.float32, 1e-4), (16, torch.float32, 1e-4), (4, torch.bfloat16, 2e-2)]
+)
+def test_on_a_device(states, dtype, tolerance, reverse):
+    """The compiled kernels against the loop in float64."""
+    x = problem(2, 2, 20, states, 5000, dtype=torch.float64)
+    low = {k: v.cuda().to(dtype if k in ("u", "delta", "B", "C", "z") else torch.float32) for k, v in x.items()}
+    exact = results(selective_scan_reference, {k: v.double().cpu() for k, v in low.items()}, reverse=reverse)
+    near(results(selective_scan, low, reverse=reverse), exact, tolerance)
 
 
 def changed(**arguments):

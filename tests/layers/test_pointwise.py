@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tokenry.layers import ConvPosEnc, Pointwise, PointwiseMLP
+from tokenry.layers import ConvPosEnc, InPlaceGELU, Pointwise, PointwiseMLP
 
 
 @given(
@@ -49,3 +49,12 @@ def test_position_encoding_is_the_identity_plus_a_sum_over_neighbours():
     torch.testing.assert_close(layer(x), expected)
     with pytest.raises(ValueError, match="odd and positive, got 4; use 5"):
         ConvPosEnc(2, kernel_size=4)
+
+
+def test_gelu_writes_in_place_without_gradients_alone():
+    x = torch.randn(3, 5)
+    kept = x.clone()
+    assert torch.equal(InPlaceGELU()(x), F.gelu(kept)) and torch.equal(x, kept)
+    with torch.no_grad():
+        y = InPlaceGELU()(x)
+    assert y.data_ptr() == x.data_ptr() and torch.equal(x, F.gelu(kept))

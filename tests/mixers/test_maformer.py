@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from golden_case import GoldenCase
-from tokenry.mixers.maf import GLD, AttentionFusion, MAFMixer
+from tokenry.layers import CrossAttention
+from tokenry.mixers.maf import GLD, MAFMixer
 
 pytestmark = pytest.mark.method("maformer")
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.method("maformer")
 def test_golden(record_property):
     case = GoldenCase("maformer", "gld_fusion_core")
     state = case.state_dict()
-    overview, fusion = GLD(24, (6, 6)), AttentionFusion(24, 4)
+    overview, fusion = GLD(24, (6, 6)), CrossAttention(24, 4)
     overview.load_state_dict({k: v for k, v in state.items() if k == "pos" or k.startswith("fc.")})
     fusion.load_state_dict({k: v for k, v in state.items() if k != "pos" and not k.startswith("fc.")})
     assert sum(p.numel() for m in (overview, fusion) for p in m.parameters()) == case.spec["params"]
@@ -25,7 +26,7 @@ def test_golden(record_property):
 
 
 def test_fusion_is_the_equation():
-    fusion, local, overview = AttentionFusion(12, 3), torch.randn(2, 10, 12), torch.randn(2, 5, 12)
+    fusion, local, overview = CrossAttention(12, 3), torch.randn(2, 10, 12), torch.randn(2, 5, 12)
     q, k, v = fusion.q(local), fusion.k(overview), fusion.v(overview)
     heads = []
     for h in range(3):

@@ -27,7 +27,7 @@ PHOTOGRAPHS = 60
 STEP = 16  # every 16th photograph
 CELL = 16
 ROUNDS = (1, 2, 3, 5)
-# Radians per unit of Lab colour and per cell of distance. Chosen on 12 other photographs, of which borders looked compact.
+# Radians per unit of Lab colour and per cell of distance. Chosen on 12 other photographs for short borders.
 COLOUR, POSITION = 1 / 25, 1.0
 # Largest logits of the association: as layer norm makes them of 64 channels, and sharper, as a trained weight of it can.
 SOFT, SHARP = 8.0, 48.0

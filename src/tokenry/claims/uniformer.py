@@ -47,7 +47,7 @@ def _network(blocks: str = "LLGG", positions: bool = True) -> nn.Module:
 
     from tokenry.vision.uniformer import PatchEmbed, UniFormer
 
-    net = UniFormer(**TINY, blocks=blocks)
+    net: Any = UniFormer(**TINY, blocks=blocks)
     net.stem = PatchEmbed(3, TINY["dims"][0], 2)
     if not positions:
         for stage in net.stages:
@@ -228,7 +228,7 @@ def gpu_hybrid_windows(context: Context) -> Measurement:
     def step(model: nn.Module) -> None:
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(context.device, torch.bfloat16):
             maps = model(x)
-        sum(y.float().square().mean() for y in maps).backward()
+        torch.stack([y.float().square().mean() for y in maps]).sum().backward()
 
     def run() -> dict[str, dict[str, float]]:
         models = {

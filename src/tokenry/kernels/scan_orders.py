@@ -111,7 +111,7 @@ def _visit(x: Tensor, name: str) -> Tensor:
     elif line == "column":
         sequence = x.transpose(2, 3).flatten(2)
     else:
-        return x.flatten(2)[:, :, scan_order(name, *x.shape[-2:], x.device)]
+        return x.flatten(2)[:, :, scan_order(name, x.shape[2], x.shape[3], x.device)]
     return sequence.flip(-1) if name != line else sequence
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def selective_scan_reference(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
     z: Tensor | None = None,
+    *,
     return_last_state: bool = False,
     initial_state: Tensor | None = None,
     reverse: bool = False,
@@ -110,6 +111,7 @@ def selective_scan_step(
     return y.to(u.dtype), state
 
 
+@overload
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -120,6 +122,42 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
     z: Tensor | None = None,
+    *,
+    return_last_state: Literal[False] = False,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    z: Tensor | None = None,
+    *,
+    return_last_state: Literal[True],
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    z: Tensor | None = None,
+    *,
     return_last_state: bool = False,
     initial_state: Tensor | None = None,
     reverse: bool = False,
@@ -221,6 +259,17 @@ def _check(
     return B, C, initial_state
 
 
+def _kernels(device: torch.device) -> Any:
+    """The Triton kernels where they run: on CUDA devices, if Triton is installed."""
+    if device.type != "cuda":
+        return None
+    try:
+        from tokenry.kernels._triton import selective_scan as kernels
+    except ImportError:
+        return None
+    return None if kernels.INTERPRETED else kernels
+
+
 # One operator for the compiler, which would otherwise unroll the steps. Carries, its third output, are the states that
 # enter each chunk; the backward pass starts from them.
 @torch.library.custom_op("tokenry::selective_scan", mutates_args=())
@@ -237,12 +286,17 @@ def _scan_op(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, K d, L), (B, K d, N), (B, K d, N, chunks), all of the state's type."""
-    return _forward(u, delta, A, B, C, D, bias, state, softplus, reverse)
+    kernels = _kernels(u.device)
+    empty = u.numel() == 0 or A.numel() == 0
+    run = _forward if kernels is None or empty else kernels.forward
+    return run(u, delta, A, B, C, D, bias, state, softplus, reverse)
 
 
 @_scan_op.register_fake
 def _(u, delta, A, B, C, D, bias, state, softplus, reverse):
-    chunks = _cut(u.shape[-1])[1]
+    kernels = _kernels(u.device)
+    empty = u.numel() == 0 or A.numel() == 0
+    chunks = _cut(u.shape[-1])[1] if kernels is None or empty else kernels.tiles(u.shape[-1], A.shape[1])[1]
     y = torch.empty(u.shape, dtype=state.dtype, device=u.device)
     return y, torch.empty_like(state, memory_format=torch.contiguous_format), state.new_empty(*state.shape, chunks)
 
@@ -263,7 +317,10 @@ def _backward_op(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and the initial state."""
-    return _backward(dy, dlast, u, delta, A, B, C, D, bias, carries, softplus, reverse)
+    kernels = _kernels(u.device)
+    empty = u.numel() == 0 or A.numel() == 0
+    run = _backward if kernels is None or empty else kernels.backward
+    return run(dy, dlast, u, delta, A, B, C, D, bias, carries, softplus, reverse)
 
 
 @_backward_op.register_fake
@@ -392,7 +449,7 @@ def _forward(
     last, carries = state.clone(memory_format=torch.contiguous_format), state.new_zeros(*state.shape, chunks)
     if u.numel() == 0 or A.numel() == 0:
         return y.zero_(), last, carries
-    A, D, bias = (t if t is None else t.to(kind) for t in (A, D, bias))
+    A, (D, bias) = A.to(kind), (t if t is None else t.to(kind) for t in (D, bias))
     u, delta, A, D, bias, state = _grouped(groups, u, delta, A, D, bias, state)
     y_out, last_out, carries_out = _grouped(groups, y, last, carries)
     for rows, some in _blocks(u.shape[0], u.shape[2], groups * A.shape[-1] * steps * chunks):
@@ -422,7 +479,7 @@ def _backward(
     dstate = dlast.clone(memory_format=torch.contiguous_format)
     if u.numel() == 0 or A.numel() == 0:
         return du, ddelta, dA, dB, dC, dD, dstate
-    A, D, bias = (t if t is None else t.to(kind) for t in (A, D, bias))
+    A, (D, bias) = A.to(kind), (t if t is None else t.to(kind) for t in (D, bias))
     dy, dlast, u, delta, A, D, bias, carries = _grouped(groups, dy, dlast, u, delta, A, D, bias, carries)
     du_out, ddelta_out, dA_out, dD_out, dstate_out = _grouped(groups, du, ddelta, dA, dD, dstate)
     dB_out, dC_out = (_fold(t, steps, chunks, kind) for t in (dB, dC))  # (steps, B, K, N, chunks)

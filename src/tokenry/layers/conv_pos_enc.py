@@ -17,11 +17,12 @@ __all__ = ["ConvPosEnc"]
 
 
 class ConvPosEnc(nn.Module):
-    """``x + dwconv(x)`` on (B, C, H, W), with a bias.
+    """``x + dwconv(x)`` on (B, C, H, W), with a bias; with ``frames`` on (B, C, T, H, W).
 
     Args:
         dim: Channels C.
         kernel_size: Side of the kernel, odd. Default 3 (both papers).
+        frames: Whether time is a third dimension of the map, and of the kernel. Default False.
         device: Torch device.
         dtype: Torch dtype.
 
@@ -39,6 +40,7 @@ class ConvPosEnc(nn.Module):
         self,
         dim: int,
         kernel_size: int = 3,
+        frames: bool = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,10 +48,11 @@ class ConvPosEnc(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}; use {max(kernel_size, 0) | 1}")
-        self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+        conv = nn.Conv3d if frames else nn.Conv2d
+        self.proj = conv(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """The shape stays."""
         y = self.proj(x)
         return (
             y.add_(x) if y.dtype == x.dtype else x + y

@@ -8,13 +8,13 @@ thread copies it to the other order and back instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Pointwise", "PointwiseMLP"]
+from tokenry.layers.in_place_gelu import InPlaceGELU
+
+__all__ = ["Pointwise", "Pointwise3d", "PointwiseMLP"]
 
 
 class Pointwise(nn.Conv2d):
@@ -51,14 +51,48 @@ class Pointwise(nn.Conv2d):
         return super().forward(input)
 
 
+class Pointwise3d(nn.Conv3d):
+    """``nn.Conv3d(in_chans, out_chans, 1)``, with the same parameters: (B, C, T, H, W) -> (B, C', T, H, W).
+
+    Args:
+        in_chans: Channels C.
+        out_chans: Channels C'.
+        bias: Whether there is one.
+        device: Torch device.
+        dtype: Torch dtype.
+
+    Example:
+        >>> layer, x = Pointwise3d(3, 8), torch.randn(2, 3, 4, 5, 7).contiguous(memory_format=torch.channels_last_3d)
+        >>> torch.allclose(layer(x), torch.nn.functional.conv3d(x, layer.weight, layer.bias), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, out_chans, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T, H, W), in the memory order of ``input``."""
+        if input.device.type == "cpu" and input.is_contiguous(memory_format=torch.channels_last_3d):
+            return F.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+        return super().forward(input)
+
+
 class PointwiseMLP(nn.Module):
-    """``fc2(act(fc1(x)))`` over the channels of (B, C, H, W): every position on its own.
+    """``fc2(gelu(fc1(x)))`` over the channels of (B, C, H, W): every position on its own.
 
     Args:
         dim: Channels C.
         hidden: Width between.
-        act: Makes the activation.
         drop: Dropout rate after the activation and the output.
+        layer: Makes the two maps. ``Pointwise3d`` takes clips (B, C, T, H, W).
         device: Torch device.
         dtype: Torch dtype.
     """
@@ -67,16 +101,16 @@ class PointwiseMLP(nn.Module):
         self,
         dim: int,
         hidden: int,
-        act: Callable[[], nn.Module] = nn.GELU,
         drop: float = 0.0,
+        layer: type[Pointwise | Pointwise3d] = Pointwise,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = Pointwise(dim, hidden, device=device, dtype=dtype)
-        self.act = act()
-        self.fc2 = Pointwise(hidden, dim, device=device, dtype=dtype)
+        self.fc1 = layer(dim, hidden, device=device, dtype=dtype)
+        self.act = InPlaceGELU()
+        self.fc2 = layer(hidden, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

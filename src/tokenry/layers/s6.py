@@ -112,6 +112,15 @@ class S6(nn.Module):
             y = out if y is None else y + out
         return y.unflatten(1, (self.lines, -1))  # type: ignore[union-attr]
 
+    def mean_step(self, u: Tensor) -> Tensor:
+        """The steps that every position of (B, E, L) takes, averaged over channels and orders: (B, L).
+
+        A long step lets a position overwrite the states, a short one passes it over.
+        """
+        made = (self.x_proj.weight @ u).unflatten(1, (self.lines * self.ways, -1))  # (B, K, R + 2 N, L)
+        delta = self.dt_proj.weight.unflatten(0, (made.shape[1], -1)) @ made[:, :, : self.rank]  # (B, K, E, L)
+        return nn.functional.softplus(delta.flatten(1, 2) + self.dt_proj.bias.unsqueeze(1)).mean(1)
+
     def scan_step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One position of one sequence in one way: u (B, E) and state (B, E, N) -> y (B, E) and the next state."""
         steps, enter, leave = self.x_proj(u).split([self.rank, self.d_state, self.d_state], dim=1)

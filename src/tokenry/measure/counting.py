@@ -44,8 +44,16 @@ def count_macs(model: nn.Module, *inputs: torch.Tensor) -> int:
     mapping = {aten.mm: product, aten.bmm: product, aten.addmm: added, aten.baddbmm: added}
     # the counter does not know the CPU's fused attention: have it written out as two products
     whole = sdpa_kernel(SDPBackend.MATH)
-    with whole, FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
-        model(*inputs)
+    # the counter's hooks want a graph behind every tensor that asks for a gradient, parameters handed to a module included
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with whole, FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+            model(*inputs)
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

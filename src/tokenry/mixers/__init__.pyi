@@ -12,6 +12,9 @@ from .channel_attention import channel_attention_maps as channel_attention_maps
 from .dss2d import DCNv4 as DCNv4
 from .dss2d import DSS2D as DSS2D
 from .dual_attention import DualAttention as DualAttention
+from .dual_token import ConvEncoder as ConvEncoder
+from .dual_token import DualTokenMixer as DualTokenMixer
+from .dual_token import PositionAwareTokens as PositionAwareTokens
 from .dynamic_local import DynamicLocalAttention as DynamicLocalAttention
 from .global_query import GlobalQueryAttention as GlobalQueryAttention
 from .global_query import GlobalQueryGenerator as GlobalQueryGenerator
@@ -22,9 +25,11 @@ from .mhra import GlobalMHRA as GlobalMHRA
 from .mhra import LocalMHRA as LocalMHRA
 from .mhra import WindowMHRA as WindowMHRA
 from .maf import GLD as GLD
-from .maf import AttentionFusion as AttentionFusion
 from .maf import MAFMixer as MAFMixer
 from .mix_shift import MixShift as MixShift
+from .performer import PerformerMixer as PerformerMixer
+from .performer import performer_attention as performer_attention
+from .performer import positive_features as positive_features
 from .pool import PoolingMixer as PoolingMixer
 from .random import RandomMixer as RandomMixer
 from .registry import InLayout as InLayout

@@ -175,7 +175,7 @@ class DSS2D(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as a linear layer starts
         nn.init.uniform_(self.dt_projs_weight, -(self.rank**-0.5), self.rank**-0.5)
         nn.init.uniform_(self.dt_projs_bias, math.log(0.001), math.log(0.1)).exp_()  # the steps
-        self.dt_projs_bias += torch.log(-torch.expm1(-self.dt_projs_bias))  # softplus turns this into the steps
+        self.dt_projs_bias.add_(torch.log(-torch.expm1(-self.dt_projs_bias)))  # softplus turns this into the steps
         self.A_logs.copy_(torch.arange(1.0, self.d_state + 1, device=self.A_logs.device).log())
         nn.init.ones_(self.Ds)
         linear = [self.in_proj, self.out_proj]
@@ -213,7 +213,10 @@ class DSS2D(nn.Module):
             delta.flatten(2, 3).unbind(1), A.chunk(2), enter.unbind(1), leave.unbind(1), self.Ds.chunk(2),
             self.dt_projs_bias.flatten().chunk(2), strict=True,
         )  # fmt: skip
-        there, back = (selective_scan(u, *way, reverse=backwards) for backwards, way in enumerate(ways))
+        there, back = (
+            selective_scan(u, delta, rates, enter, leave, passing, bias, reverse=way == 1)
+            for way, (delta, rates, enter, leave, passing, bias) in enumerate(ways)
+        )
         total = (there + back).unflatten(1, (2, -1))
         return cross_merge(total, height, width, LINES).unflatten(-1, (height, width))
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.layers.head_count import head_count
+from tokenry.layers.cross_attention import CrossAttention
 from tokenry.mixers.registry import Layout
 from tokenry.mixers.window_attention import WindowAttentionMixer
 
-__all__ = ["GLD", "AttentionFusion", "MAFMixer"]
+__all__ = ["GLD", "MAFMixer"]
 
 
 def _resize_matrix(source: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -119,50 +119,6 @@ class GLD(nn.Module):
         self.input_size = input_size
 
 
-class AttentionFusion(nn.Module):
-    """Attention of local tokens over global ones.
-
-    Args:
-        dim: Channels C.
-        num_heads: Heads; must divide ``dim``. None: heads of 32 channels where 32 divides ``dim``, else one.
-        attn_drop: Dropout rate of the attention weights in training. Default 0.
-        proj_drop: Dropout rate of the output. Default 0.
-        device: Torch device.
-        dtype: Torch dtype.
-
-    Example:
-        >>> AttentionFusion(8, 2)(torch.randn(2, 24, 8), torch.randn(2, 12, 8)).shape
-        torch.Size([2, 24, 8])
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.attn_drop = head_count(dim, num_heads), attn_drop
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, device=device, dtype=dtype) for _ in range(4))
-        self.proj_drop = nn.Dropout(proj_drop)
-        for linear in (self.q, self.k, self.v, self.proj):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, n, d)
-
-    def forward(self, local: Tensor, overview: Tensor) -> Tensor:
-        """(B, N, C), (B, G, C) -> (B, N, C)."""
-        q, k, v = self._heads(self.q(local)), self._heads(self.k(overview)), self._heads(self.v(overview))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-
-
 class MAFMixer(nn.Module):
     """Mix tokens by window attention and by attention over a learned overview of all tokens.
 
@@ -208,7 +164,7 @@ class MAFMixer(nn.Module):
             dtype=dtype,
         )  # fmt: skip
         self.gld = GLD(dim, input_size, ratio, device=device, dtype=dtype)
-        self.fusion = AttentionFusion(dim, num_heads, attn_drop, proj_drop, device=device, dtype=dtype)
+        self.fusion = CrossAttention(dim, num_heads, attn_drop, proj_drop, device=device, dtype=dtype)
 
     @property
     def fixed_tokens(self) -> int:

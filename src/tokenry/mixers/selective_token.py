@@ -102,18 +102,31 @@ class SelectiveTokenMixer(S6):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, D, H, W), or (B, L, D) -> (B, L, D) where no map is needed."""
-        self._check(x)
+        u, z = self._inputs(x)
         size = x.shape[2:]
-        tokens = x.flatten(2) if x.ndim == 4 else x.mT  # (B, D, L)
-        u, z = (self.in_proj.weight @ tokens).chunk(2, dim=1)  # (B, E, L)
         if self.orders == "cross2d":
-            u = F.silu(self.conv2d(u.unflatten(2, size)))  # (B, E, H, W)
-            y = cross_merge(self.scan(cross_scan(u, self.line_names)), *size, self.line_names)
+            lines = cross_scan(u.unflatten(2, size), self.line_names)
+            y = cross_merge(self.scan(lines), *size, self.line_names)
         else:
-            u = F.silu(self.conv1d(F.pad(u, (self.kernel - 1, 0))))
             y = self.scan(u.unsqueeze(1)).squeeze(1)
         y = self.proj_drop(self.out_proj.weight @ (y * F.silu(z)))  # (B, D, L)
         return y.unflatten(2, size) if x.ndim == 4 else y.mT
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is scanned and what gates, both (B, E, L), positions of a map counted row by row."""
+        self._check(x)
+        tokens = x.flatten(2) if x.ndim == 4 else x.mT  # (B, D, L)
+        u, z = (self.in_proj.weight @ tokens).chunk(2, dim=1)
+        if self.orders == "cross2d":
+            u = self.conv2d(u.unflatten(2, x.shape[2:])).flatten(2)
+        else:
+            u = self.conv1d(F.pad(u, (self.kernel - 1, 0)))
+        return F.silu(u), z
+
+    def token_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """``step`` (B, H, W) or (B, L): how far the scans' states go over to a token, mean of channels and orders."""
+        step = self.mean_step(self._inputs(x)[0])
+        return {"step": step.unflatten(1, x.shape[2:]) if x.ndim == 4 else step}
 
     def _check(self, x: Tensor) -> None:
         flat = self.orders == "cross2d"
@@ -142,7 +155,9 @@ class SelectiveTokenMixer(S6):
             ValueError: Orders that look ahead; a token of another shape.
         """
         if self.orders != "causal":
-            raise ValueError(f"orders={self.orders!r} looks ahead and has no steps; make the mixer with orders='causal'")
+            raise ValueError(
+                f"orders={self.orders!r} looks ahead and has no steps; make the mixer with orders='causal'"
+            )
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"a step takes one token (B, {self.dim}), got {tuple(x.shape)}")
         u, z = self.in_proj(x).chunk(2, dim=1)  # (B, E)

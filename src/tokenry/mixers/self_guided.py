@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return y, received / (q.shape[1] * q.shape[2])
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """The authors' first weights: linear maps from a normal of 0.02, convolutions by their fan-out, no biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -132,12 +132,13 @@ def _even_heads(dim: int, wanted: int | None) -> int:
         raise ValueError(f"half of the channels look far and half near: dim must be even, got {dim}; use {dim + 1}")
     if wanted is None:
         return 2 * head_count(dim // 2, None)
-    if wanted % 2:
+    if wanted < 1 or wanted % 2 or dim % wanted:
         near = 2 * next(heads for heads in range(max(1, (wanted + 1) // 2), 0, -1) if (dim // 2) % heads == 0)
         raise ValueError(
-            f"half of the heads look far and half near: num_heads must be even, got {wanted}; use num_heads={near}"
+            "half of the heads look far and half near: num_heads must be even and divide "
+            f"dim={dim}, got num_heads={wanted}; use num_heads={near}"
         )
-    return head_count(dim, wanted)
+    return wanted
 
 
 class HybridScaleAttention(_WithLocalTerm):
@@ -184,7 +185,7 @@ class HybridScaleAttention(_WithLocalTerm):
         self.q_global = nn.Linear(dim, dim // 2, **dd)
         self.kv_global = nn.Linear(dim, dim, **dd)
         self.qkv_local = nn.Linear(dim, 3 * dim // 2, **dd)
-        _initialise(self)
+        initialise(self)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """(B, N, parts * C / 2) -> (parts, B, heads / 2, N, d)."""
@@ -262,7 +263,7 @@ class LocalTermAttention(_WithLocalTerm):
         super().__init__(dim, head_count(dim, num_heads), proj_drop, dd)
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, 2 * dim, **dd)
-        _initialise(self)
+        initialise(self)
 
     def attend(self, x: Tensor, sources: Tensor) -> Tensor:
         """(B, H, W, C), what keys and values are made of (B, M, C) -> (B, H, W, C)."""
@@ -326,7 +327,7 @@ class SelfGuidedAttention(LocalTermAttention):
         super().__init__(dim, num_heads, proj_drop=proj_drop, device=device, dtype=dtype)
         self.group_sizes = sizes
         self.f = nn.ModuleList(nn.Linear(size, 1, device=device, dtype=dtype) for size in sizes)
-        _initialise(self.f)
+        initialise(self.f)
 
     def part_sizes(self, tokens: int) -> list[int]:
         """How many of ``tokens`` ranks each part has, the least significant first; what does not divide goes to the second."""
@@ -338,12 +339,12 @@ class SelfGuidedAttention(LocalTermAttention):
     def aggregate(self, x: Tensor, significance: Tensor) -> Tensor:
         """What keys and values are made of: (B, H, W, C), (B, H, W) -> (B, M, C), groups in the order of rising significance."""
         order = significance.flatten(1).argsort(dim=1, stable=True)  # equal values keep their order by rows
-        ranked = x.flatten(1, 2).take_along_dim(order[..., None], 1)  # (B, N, C)
+        ranked = x.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, self.dim))  # (B, N, C)
+        parts = ranked.split(self.part_sizes(ranked.shape[1]), 1)
         found = []
-        for part, f in zip(ranked.split(self.part_sizes(ranked.shape[1]), 1), self.f, strict=True):
-            size, tokens = f.in_features, part.shape[1]
-            if tokens % size:
-                part = F.pad(part, (0, 0, 0, -tokens % size))
+        for part, size, f in zip(parts, self.group_sizes, cast("Sequence[nn.Linear]", self.f), strict=True):
+            if short := -part.shape[1] % size:
+                part = F.pad(part, (0, 0, 0, short))
             groups = part.unflatten(1, (part.shape[1] // size, size))  # (B, groups, size, C)
             found.append((f.weight @ groups).squeeze(2) + f.bias)
         return torch.cat(found, 1)

@@ -242,7 +242,8 @@ class SuperTokenAttention(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return self._associate(x, cell)
         grid = _grid((x.shape[2], x.shape[3]), cell)
-        p = _split_cells(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, cell)  # 1e-12 is none in half
+        half = x.dtype in (torch.bfloat16, torch.float16)  # there 1e-12 is zero
+        p = _split_cells(x.float() if half else x, cell)
         with torch.no_grad():
             q, mass = self._shares(p, p.mean(2).transpose(1, 2).unflatten(2, grid))
             for _ in range(self.n_iter - 1):

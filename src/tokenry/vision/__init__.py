@@ -6,6 +6,7 @@ from tokenry.vision.cas_vit import CASViT
 from tokenry.vision.checkpoints import checkpoint_filter_fn, convert_in21k_head, load_checkpoint
 from tokenry.vision.dlgsanet import DLGSANet, load_dlgsanet
 from tokenry.vision.draw_tokens import draw_tokens, token_maps
+from tokenry.vision.dualtoken_vit import DualTokenViT
 from tokenry.vision.efficientvim import EfficientViM
 from tokenry.vision.gc_vit import FusedMBDown, GCViT, convert_gcvit
 from tokenry.vision.hrvmamba import HRVMamba
@@ -18,14 +19,18 @@ from tokenry.vision.poolformer import poolformer
 from tokenry.vision.sg_former import SGFormer
 from tokenry.vision.stvit import STViT
 from tokenry.vision.super_resolution import upscale_image
+from tokenry.vision.t2t_vit import T2TViT
+from tokenry.vision.tokens_to_token import T2TPerformer, T2TTransformer, TokensToToken
 from tokenry.vision.transnext import TransNeXt
 from tokenry.vision.uniformer import UniFormer
 from tokenry.vision.uniformer_light import UniFormerLight
+from tokenry.vision.vim2 import ViM2
 
 __all__ = [
     "AFFNet",
     "CASViT",
     "DLGSANet",
+    "DualTokenViT",
     "EfficientViM",
     "FusedMBDown",
     "GCViT",
@@ -38,9 +43,14 @@ __all__ = [
     "SGFormer",
     "STViT",
     "SegmentationHead",
+    "T2TPerformer",
+    "T2TTransformer",
+    "T2TViT",
+    "TokensToToken",
     "TransNeXt",
     "UniFormer",
     "UniFormerLight",
+    "ViM2",
     "checkpoint_filter_fn",
     "convert_gcvit",
     "convert_in21k_head",

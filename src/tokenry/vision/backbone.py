@@ -314,7 +314,7 @@ def check_shapes(
         return missing, unknown, wrong
 
     missing, unknown, wrong = faults({name: value.shape for name, value in own.items()})
-    wrong = [name for name in wrong if not name.startswith(("head", "dist_head"))]
+    wrong, unknown = ([name for name in names if not name.startswith(("head", "dist_head"))] for names in (wrong, unknown))
     if not (missing or unknown or wrong):
         return
     likely = ""

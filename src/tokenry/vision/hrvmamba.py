@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, ConvMlp, DropPath, LayerNorm2d
-from timm.layers.weight_init import trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck
@@ -179,12 +178,11 @@ class ParallelBlock(nn.Module):
         """A list of (B, C_i, H_i, W_i) to the same shapes."""
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
-        for i, row in enumerate(self.fuse):
-            size = maps[i].shape[-2:]
-            total = maps[i]
-            for j, (resize, x) in enumerate(zip(row, maps, strict=True)):
+        for i, row in enumerate(self.fuse.children()):
+            size, total = maps[i].shape[-2:], maps[i]
+            for j, resize in enumerate(row.children()):
                 if j != i:
-                    y = resize(x)
+                    y = resize(maps[j])
                     total = total + (F.interpolate(y, size, mode="bilinear", align_corners=False) if j > i else y)
             fused.append(torch.relu(total))
         return fused
@@ -315,14 +313,11 @@ class HRVMamba(Backbone):
         self.head = ClassifierHead(features, num_classes, global_pool, drop_rate, **dd)
         self.describe_stages(widths, [4, 8, 16, 32])
         self.num_features = self.head_hidden_size = features
-        for module in self.modules():
-            if isinstance(module, ConvMlp):
-                for layer in (module.fc1, module.fc2):
-                    trunc_normal_(layer.weight, std=0.02)
-                    nn.init.zeros_(layer.bias)
-        if num_classes > 0:
-            trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+        linear = [layer for m in self.modules() if isinstance(m, ConvMlp) for layer in (m.fc1, m.fc2)]
+        for layer in (*linear, self.head.fc):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

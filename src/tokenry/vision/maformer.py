@@ -26,10 +26,11 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, to_2tuple, trunc_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from tokenry.layers.cross_attention import CrossAttention
 from tokenry.layers.head_count import head_count
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.attention import AttentionMixer
-from tokenry.mixers.maf import GLD, AttentionFusion, check_map
+from tokenry.mixers.maf import GLD, check_map
 from tokenry.mixers.window_attention import WindowAttentionMixer
 from tokenry.vision.backbone import Backbone, build_backbone, check_shapes, classification_config
 from tokenry.vision.metaformer_blocks import ChannelsLastStage, MetaFormerBlock
@@ -86,7 +87,7 @@ class MAFBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.local_mlp = ChannelMLP(dim, hidden, drop=proj_drop, **dd)
         self.gld = GLD(dim, input_size, ratio, **dd)
-        self.fusion = AttentionFusion(dim, num_heads, proj_drop=proj_drop, **dd)
+        self.fusion = CrossAttention(dim, num_heads, proj_drop=proj_drop, **dd)
         self.norm3 = nn.LayerNorm(dim, **dd)
         self.mlp = ChannelMLP(dim, hidden, drop=proj_drop, **dd)
         for linear in (self.local_mlp.fc1, self.local_mlp.fc2, self.mlp.fc1, self.mlp.fc2):

@@ -31,13 +31,12 @@ from timm.layers import (
     build_sincos2d_pos_embed,
     calculate_drop_path_rates,
     resample_abs_pos_embed_nhwc,
-    trunc_normal_,
 )
 from timm.models import clean_state_dict, generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_pos_enc import ConvPosEnc
-from tokenry.mixers.self_guided import HybridScaleAttention, LocalTermAttention, SelfGuidedAttention
+from tokenry.mixers.self_guided import HybridScaleAttention, LocalTermAttention, SelfGuidedAttention, initialise
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
 
@@ -57,10 +56,7 @@ class ConvGroupNorm(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, groups: int, dd: dict[str, Any]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_chans, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd
-        )
-        nn.init.normal_(self.conv.weight, std=(2.0 * groups / (kernel_size**2 * dim)) ** 0.5)
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **dd)
         self.norm = nn.GroupNorm(1, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,15 +66,14 @@ class ConvGroupNorm(nn.Module):
 
 def _downsample(in_chans: int, dim: int, dd: dict[str, Any]) -> nn.Sequential:
     """(B, C, H, W) -> (B, C', H / 2, W / 2)."""
-    return nn.Sequential(
-        OrderedDict(
-            conv1=ConvGroupNorm(in_chans, dim, 1, 1, 1, dd),
-            act1=nn.GELU(),
-            conv2=ConvGroupNorm(dim, dim, 3, 2, dim, dd),
-            act2=nn.GELU(),
-            conv3=ConvGroupNorm(dim, dim, 1, 1, 1, dd),
-        )
+    parts: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=ConvGroupNorm(in_chans, dim, 1, 1, 1, dd),
+        act1=nn.GELU(),
+        conv2=ConvGroupNorm(dim, dim, 3, 2, dim, dd),
+        act2=nn.GELU(),
+        conv3=ConvGroupNorm(dim, dim, 1, 1, 1, dd),
     )
+    return nn.Sequential(parts)
 
 
 class Stem(nn.Module):
@@ -112,14 +107,9 @@ class ConvMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.pos = ConvPosEnc(hidden, **dd)
-        nn.init.normal_(self.pos.proj.weight, std=(2.0 / 9.0) ** 0.5)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
         self.drop = nn.Dropout(drop)
-        for linear in (self.fc1, self.fc2):
-            trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.pos.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -292,9 +282,7 @@ class SGFormer(Backbone):
         self.describe_stages(dims, [4 * 2**i for i in range(len(dims))])
         self.norm = LayerNorm2d(dims[-1], eps=1e-6, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        if isinstance(self.head.fc, nn.Linear):
-            trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+        initialise(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -390,7 +378,9 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> SGFormer:
     arguments = {**VARIANTS[name], **kwargs}
-    return build_backbone(SGFormer, name, pretrained, checkpoint_filter_fn, stages=len(arguments["depths"]), **arguments)
+    return build_backbone(
+        SGFormer, name, pretrained, checkpoint_filter_fn, stages=len(arguments["depths"]), **arguments
+    )
 
 
 register_table(__name__, VARIANTS, _create)

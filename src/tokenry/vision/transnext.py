@@ -10,8 +10,8 @@ Shi, "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", CVPR 
 The mixers are ``tokenry.mixers.AggregatedAttention`` and ``CosineAttention``, the channel mixer is
 ``tokenry.layers.ConvGLU``. Position biases and length scales are computed from the actual map, so images may have any
 size; ``pretrain_size``, the side that the weights were trained at first, sets the scale of the offsets and stays what it
-was when the network is used at another size. At 32 pixels per side of the last map, sides that are no multiples are
-rounded up by the convolutions and down by the pooling (our choice; the authors' code takes multiples of 32 alone).
+was when the network is used at another size. Sides that are no multiples of 32 are rounded up by the convolutions and
+down by the pooling (our choice; the authors' code takes multiples of 32 alone).
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ Stages work at strides 4, 8, 16 and 32, each begun by a convolution with stride 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +42,15 @@ from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm
 from tokenry.layers.conv_pos_enc import ConvPosEnc
+from tokenry.layers.in_place_gelu import InPlaceGELU
 from tokenry.layers.pointwise import PointwiseMLP
 from tokenry.mixers.mhra import GlobalMHRA, LocalMHRA, WindowMHRA
 from tokenry.mixers.registry import Layout, layout_of
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.token_labeling import TokenLabelingHead, TokenLabels, swap_box
 
-__all__ = ["GlobalBlock", "LocalBlock", "TokenLabels", "UniFormer", "checkpoint_filter_fn"]
+__all__ = ["GlobalBlock", "LocalBlock", "UniFormer", "checkpoint_filter_fn"]
 
 SMALL: dict[str, Any] = {"depths": (3, 4, 8, 3), "dims": (64, 128, 320, 512)}
 SMALL_PLUS: dict[str, Any] = {"depths": (3, 5, 9, 3), "dims": (64, 128, 320, 512), "conv_stem": True}
@@ -152,7 +153,7 @@ class GlobalBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mixer = attention(dim, head_dim=head_dim, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=InPlaceGELU, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         scale = partial(LayerScale, dim, layer_scale, **dd) if layer_scale is not None else nn.Identity
         self.ls1, self.ls2 = scale(), scale()
@@ -183,73 +184,6 @@ class PatchEmbed(nn.Module):
 def make_conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
     """Two 3x3 convolutions with stride 2: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
     return nn.Sequential(ConvNorm(in_chans, dim // 2, 3, 2, **dd), nn.GELU(), ConvNorm(dim // 2, dim, 3, 2, **dd))
-
-
-class TokenLabels(NamedTuple):
-    """What a token-labelling model returns in training.
-
-    Attributes:
-        logits: (B, num_classes) of the mean over positions.
-        dense: (B, H / 32 * W / 32, num_classes) of every position, each belonging to the image whose pixels it shows
-            where the box came from the same image of the batch.
-        box: (top, left, bottom, right) in positions of ``dense``: there ``logits`` are of the batch in flipped order. An
-            image's own share of ``logits`` is one minus the box's share of the positions.
-    """
-
-    logits: Tensor
-    dense: Tensor
-    box: tuple[int, int, int, int]
-
-
-class TokenLabelingHead(ClassifierHead):
-    """``fc(mean of x) + 0.5 max over positions of aux(x)`` for x: (B, C, H, W)."""
-
-    def __init__(
-        self, in_features: int, num_classes: int, pool_type: str = "avg", drop_rate: float = 0.0, **dd: Any
-    ) -> None:
-        super().__init__(in_features, num_classes, pool_type, drop_rate, **dd)
-        self.aux: nn.Module = nn.Linear(in_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-
-    def reset(
-        self,
-        num_classes: int,
-        pool_type: str | None = None,
-        reset_other: bool = False,
-        in_features: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """New linear maps for ``num_classes``; 0 takes them out."""
-        super().reset(num_classes, pool_type, reset_other, in_features, device, dtype)
-        self.aux = copy.deepcopy(self.fc)
-        if isinstance(self.aux, nn.Linear):
-            self.aux.reset_parameters()
-
-    def dense(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H * W, num_classes)."""
-        return self.aux(x.flatten(2).transpose(1, 2))
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes), or the pooled features."""
-        y = super().forward(x, pre_logits)
-        return y if pre_logits or isinstance(self.aux, nn.Identity) else y + 0.5 * self.dense(x).amax(1)
-
-
-def swap_box(x: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """(B, C, H, W) with the box (top, left, bottom, right) of each entry taken from the batch in flipped order.
-
-    Twice with the same box gives the first map again.
-
-    Example:
-        >>> x = torch.arange(8.0).view(2, 1, 2, 2)
-        >>> swap_box(x, (0, 1, 1, 2))[0, 0]
-        tensor([[0., 5.],
-                [2., 3.]])
-    """
-    top, left, bottom, right = box
-    mixed = x.clone()
-    mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
-    return mixed
 
 
 class UniFormer(Backbone):
@@ -466,9 +400,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Raises:
         ValueError: It is another variant's; the message names a variant of its shapes. Head width is not among them:
-            ``uniformer_small_plus`` and ``uniformer_small_plus_dim64`` have equal shapes.
+            ``uniformer_small_plus`` and ``uniformer_small_plus_dim64`` have equal shapes. Or it was trained with token
+            labelling and the model is a plain classifier.
     """
     out = rename(state_dict)
+    classifies = isinstance(model, UniFormer) and model.num_classes
+    if "head.aux.weight" in out and classifies and not isinstance(model.head, TokenLabelingHead):
+        raise ValueError(
+            "the checkpoint was trained with token labelling and has a second classifier, aux_head, that the model lacks: "
+            "make the model with token_labeling=True, or take the variant whose name has _tl"
+        )
     check_shapes(out, model, VARIANTS)
     return out
 
