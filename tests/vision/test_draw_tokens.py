@@ -85,6 +85,16 @@ def test_influence_of_any_timm_model(name):
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_kept_tokens_of_a_pruned_model():
+    model = timm.create_model(
+        "uniformer_xxs", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), head_dim=8, num_classes=2
+    ).eval()
+    (_, maps), (_, last) = [found for found in token_maps(model, torch.randn(2, 3, 64, 96)) if found[1]]
+    assert maps["kept"].shape == (2, 4, 6) and maps["kept"].dtype == torch.bool
+    assert maps["kept"].sum((1, 2)).tolist() == [12, 12] and last["kept"].sum((1, 2)).tolist() == [3, 3]
+    assert draw_tokens(model, photograph(), size=64).size == (64, 64)
+
+
 def test_training_mode_comes_back():
     model = net("attention").train()
     draw_tokens(model, photograph(), size=64)

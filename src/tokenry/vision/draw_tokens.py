@@ -103,7 +103,10 @@ def token_maps(model: nn.Module, x: Tensor) -> list[tuple[str, dict[str, Tensor]
 
 
 def _influence(model: nn.Module, x: Tensor, layer: int, query: tuple[float, float]) -> Tensor:
-    """(H, W): size of the gradient of one position of a stage's map with respect to the pixels."""
+    """(H, W): root of the size of the gradient of one position of a stage's map with respect to the pixels.
+
+    The root, because sizes fall off so fast that only the middle would be seen.
+    """
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"{type(model).__name__} shows no maps: it has no mixer with token_maps and no forward_intermediates as timm's "
@@ -121,7 +124,7 @@ def _influence(model: nn.Module, x: Tensor, layer: int, query: tuple[float, floa
             (gradient,) = torch.autograd.grad(y[0, :, row, column].square().sum(), x)
     finally:
         model.train(training)
-    return gradient[0].norm(dim=0).cpu()
+    return gradient[0].norm(dim=0).sqrt().cpu()
 
 
 def _heat(pixels: np.ndarray, values: Tensor, strength: float) -> np.ndarray:
@@ -192,7 +195,7 @@ def draw_tokens(
     shown, x = _prepare(model, _open(image), size)
     height, width = x.shape[-2:]
     found = [] if what == "influence" else token_maps(model, x)
-    named = [(name, maps) for name, maps in found if what is None or what in maps]
+    named = [(name, maps) for name, maps in found if (maps if what is None else what in maps)]
     if not named and what not in (None, "influence"):
         known = sorted({key for _, maps in found for key in maps} | {"influence"})
         raise ValueError(f"no layer of {type(model).__name__} shows {what!r}; it shows {', '.join(known)}")

@@ -134,6 +134,13 @@ class PrunedBlock(GlobalBlock):
         transformed = self.mlp(self.norm2(x))
         return x + self.drop_path(self.ls2(transformed)), attended + transformed, row
 
+    def token_maps(self, x: Any) -> dict[str, Tensor]:
+        """``kept`` (B, H, W), whether a token goes through attention itself; nothing where nothing is pruned."""
+        if self.keep_ratio == 1 or x.guide is None:
+            return {}
+        kept = x.guide.topk(int(x.guide.shape[1] * self.keep_ratio), dim=1).indices
+        return {"kept": torch.zeros_like(x.guide, dtype=torch.bool).scatter(1, kept, True).view(-1, *x.map.shape[2:])}
+
     def forward(self, x: Any) -> Any:
         """``Guided`` -> ``Guided``."""
         cls, guide = x.cls, x.guide
