@@ -101,7 +101,7 @@ class Card(_Strict):
         "training", "text", "code",
     ]  # fmt: skip
     interface: Literal[
-        "backbone", "mixer", "decoding", "cache", "loss", "tokenizer", "estimator", "forecaster", "language-model",
+        "backbone", "mixer", "decoding", "cache", "loss", "tokenizer", "estimator", "forecaster", "language-model", "restoration",
     ]  # fmt: skip
     entry_point: EntryPoint
     models: list[str] = []
