@@ -51,6 +51,7 @@ MODELS = [
     ("uniformer", "uniformer_small", "UniFormer/image_classification", "models.uniformer", "uniformer_small"),
     ("uniformer", "uniformer_xxs", "UniFormer/image_classification", "models.uniformer_light", "uniformer_xxs"),
     ("stvit", "stvit_small", "STViT", "models.stvit", "stvit_small"),
+    ("stvit-r", "stvit_r_swin_small", "STViT-R", "models.swin_transformer", "SwinTransformer"),
     ("ms-mlp", "ms_mlp_tiny", "MS-MLP", "models.ms_mlp", "MS_MLP"),
     ("t2t-vit", "t2t_vit_7", "T2T-ViT", "models.t2t_vit", "t2t_vit_7"),
     ("t2t-vit", "t2t_vit_t_14", "T2T-ViT", "models.t2t_vit", "t2t_vit_t_14"),
@@ -59,6 +60,7 @@ MODELS = [
 # Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ms_mlp_tiny": ({"depths": (3, 3, 9, 3), "mix_size": KERNEL_SIZES}, {}),
+    "stvit_r_swin_small": ({"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "use_global": False}, {}),
     "stvit_small": ({"args": types.SimpleNamespace(drop=0.0, drop_path=0.0)}, {}),
 }
 BUILT = {  # timm has models of these names; the same ones from our builder

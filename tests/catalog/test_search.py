@@ -39,6 +39,7 @@ QUESTIONS = [
     ("keypoints and pose at high resolution", "hrvmamba"),
     ("forecast series with a state space model instead of attention", "mambamixer"),
     ("combine convolution with self-attention", "uniformer"),
+    ("recognise actions in video clips", "uniformer-video"),
     ("superpixels that attend to each other", "stvit"),
     ("keep detail of significant tokens and merge the others", "sg-former"),
     ("overlapping patch embedding instead of plain patches", "t2t-vit"),

@@ -59,6 +59,12 @@ BACKBONES: dict[str, Tiny] = {
     "stvit_small": Tiny(
         "stvit", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3), "head_width": 32}
     ),
+    "stvit_r_swin_small": Tiny("stvit-r", {"depths": (1, 2, 6, 1), "embed_dim": 8, "num_heads": (1, 2, 2, 4)}),
+    "stvit_deit_tiny": Tiny(
+        "stvit-r",
+        {"img_size": 64, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 5, "full_depth": 1},
+        "fixed",
+    ),
     "hrvmamba_nano": Tiny(
         "hrvmamba", {"width": 8, "stem_width": 8, "modules": (1, 1, 1), "blocks": 1, "neck_width": 4, "drop_path_rate": 0.0}, 32
     ),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_case import GoldenCase
+from tokenry.kernels import two_level_scan
 from tokenry.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 
 pytestmark = pytest.mark.method("hrvmamba")
@@ -84,7 +85,7 @@ def test_blocks_of_any_size_give_the_same(reverse, monkeypatch):
     arguments = problem(3, 2, 5, 2, 30, torch.float64)
     expected = results(selective_scan_reference, arguments, reverse=reverse)
     for block in (1, 400, 1 << 12):
-        monkeypatch.setattr(sys.modules["tokenry.kernels.selective_scan"], "_BLOCK", block)
+        monkeypatch.setattr(two_level_scan, "_BLOCK", block)
         agree(results(selective_scan, arguments, reverse=reverse), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -208,16 +209,15 @@ def test_half_precision_keeps_a_float32_state(half):
 
 def test_states_are_held_a_block_at_a_time():
     """Forward and backward never hold all (B, D, N, L) states."""
-    from tokenry.kernels.selective_scan import _backward, _forward
     from tokenry.measure import peak_activations
 
     x = problem(1, 1, 256, 16, 1024)
     inputs = [x[k] for k in NAMES[:7]]
     state = x["initial_state"]
-    y, last, carries = _forward(*inputs, state, True, False)
+    y, last, carries = two_level_scan.forward(*inputs, state, True, False)
     whole = 256 * 16 * 1024 * 4
-    assert peak_activations(lambda: _forward(*inputs, state, True, False)) < whole / 2
-    assert peak_activations(lambda: _backward(y, last, *inputs, carries, True, False)) < whole
+    assert peak_activations(lambda: two_level_scan.forward(*inputs, state, True, False)) < whole / 2
+    assert peak_activations(lambda: two_level_scan.backward(y, last, *inputs, carries, True, False)) < whole
 
 
 def test_compiles_as_one_operator():
@@ -350,6 +350,7 @@ def changed(**arguments):
         (changed(delta=torch.zeros(2, 6, 9)), "delta must have the shape of u"),
         (changed(z=torch.zeros(2, 5, 10)), "z must have the shape of u"),
         (changed(A=torch.zeros(5, 2)), "6 channels"),
+        (changed(A=torch.zeros(6, 0)), "at least one state"),
         (changed(A=torch.ones(6, 2)), "A must not be positive"),
         (changed(A=torch.full((6, 2), torch.nan)), "A must not be positive"),
         (changed(B=torch.zeros(2, 2, 3, 10)), "B must be"),

@@ -60,10 +60,10 @@ def given_input(case, side):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("ratio", [2, 4, 8])
+@pytest.mark.parametrize(("name", "ratio"), [("hybrid_sr2", 2), ("hybrid_sr4", 4), ("hybrid_sr8", 8)])
 @torch.inference_mode()
-def test_golden_hybrid(ratio, record_property):
-    case = GoldenCase("sg-former", f"hybrid_sr{ratio}")
+def test_golden_hybrid(name, ratio, record_property):
+    case = GoldenCase("sg-former", name)
     mixer = load(HybridScaleAttention(*DIMS[ratio], ratio), case)
     y, significance = mixer(given_input(case, SIDES[ratio]))
     case.compare("significance", significance.flatten(1))
@@ -78,10 +78,10 @@ def test_golden_hybrid(ratio, record_property):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("ratio", [2, 4, 8])
+@pytest.mark.parametrize(("name", "ratio"), [("guided_sr2", 2), ("guided_sr4", 4), ("guided_sr8", 8)])
 @torch.inference_mode()
-def test_golden_guided(ratio, record_property):
-    case, side = GoldenCase("sg-former", f"guided_sr{ratio}"), SIDES[ratio]
+def test_golden_guided(name, ratio, record_property):
+    case, side = GoldenCase("sg-former", name), SIDES[ratio]
     mixer, x = load(SelfGuidedAttention(*DIMS[ratio], ratio), case), given_input(case, side)
     torch.testing.assert_close(x.flatten(1, 2), case.inputs["x"])
     case.compare("y", mixer(x, case.inputs["significance"].unflatten(1, (side, side))).flatten(1, 2))

@@ -135,6 +135,10 @@ def test_names_the_variant_of_another_checkpoint():
     with pytest.raises(ValueError, match=r"another model's.*timm.create_model\('sgformer_b'\)"):
         checkpoint_filter_fn(theirs, timm.create_model("sgformer_s", device="meta"))
     assert set(VARIANTS) == set(COUNTS)
+    broken = {name: value for name, value in as_the_authors(tiny()).items() if not name.endswith("kv1.weight")}
+    broken["pos_embed"] = torch.zeros(1, 197, 8)
+    with pytest.raises(ValueError, match="another model's"):
+        checkpoint_filter_fn(broken, tiny())
 
 
 @torch.no_grad()

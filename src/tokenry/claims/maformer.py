@@ -33,7 +33,7 @@ def _ablations() -> dict[str, Any]:
             for name in {"local alone": ("gld", "fusion"), "global alone": ("local",)}.get(part, ()):
                 setattr(self, name, nn.Identity())
             if part == "sum":
-                self.fusion = nn.Identity()
+                self.fusion = nn.Identity()  # type: ignore[assignment]
                 self.spread = nn.Linear(self.gld.fc.out_features, self.gld.fc.in_features)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ SMALL_TSM2: dict[str, Any] = {
 }  # fmt: skip
 SHORT: dict[str, Any] = {
     "split": "ETTh1", "context_length": 512, "features": None, "epochs": 4, "patience": 4, "stride": 8, "batch_size": 16,
+    "test_stride": 4,
 }  # fmt: skip
 HORIZONS = (96, 192, 336, 720)
 PAPER_MSE = {
@@ -60,14 +61,13 @@ def etth1_row(context: Context) -> Measurement:
     from tokenry.assets import etth1
 
     frame = etth1()
-    test: dict[str, Any] = {"test_stride": 4}
     results = {
-        "repeat-last": train(context, "repeat-last", frame, "repeat-last", **SHORT, **test),
-        "seasonal-naive": train(context, "seasonal-naive", frame, "seasonal-naive", **SHORT, **test, season_length=24),
-        "dlinear": train(context, "dlinear", frame, "dlinear", **SHORT, **test),
-        "rlinear": train(context, "rlinear", frame, "rlinear", **SHORT, **test),
+        "repeat-last": train(context, "repeat-last", frame, "repeat-last", **SHORT),
+        "seasonal-naive": train(context, "seasonal-naive", frame, "seasonal-naive", **SHORT, season_length=24),
+        "dlinear": train(context, "dlinear", frame, "dlinear", **SHORT),
+        "rlinear": train(context, "rlinear", frame, "rlinear", **SHORT),
         "rlinear, all windows": train(
-            context, "rlinear-all", frame, "rlinear", **{**SHORT, "stride": 1, "batch_size": 32}, **test
+            context, "rlinear-all", frame, "rlinear", **{**SHORT, "stride": 1, "batch_size": 32}
         ),
     }
     forms: dict[str, dict[str, Any]] = {
@@ -77,9 +77,9 @@ def etth1_row(context: Context) -> Measurement:
     for seed in range(2023 + context.seed, 2023 + context.seed + SEEDS):
         for name, own in forms.items():
             key = f"tsm2/{name}/seed{seed}"
-            results[key] = train(context, key, frame, "tsm2", **SHORT, **SMALL_TSM2, **own, **test, seed=seed)
+            results[key] = train(context, key, frame, "tsm2", **SHORT, **SMALL_TSM2, **own, seed=seed)
             errors[name].append(results[key]["mse"][0])
-    residual = train(context, "residual", frame, "tsm2", **SHORT, **SMALL_TSM2, **test, average=False)
+    residual = train(context, "residual", frame, "tsm2", **SHORT, **SMALL_TSM2, average=False)
     results["tsm2/selective, residual connections"] = residual
     mean = {name: statistics.mean(values) for name, values in errors.items()}
     others = {name: result["mse"][0] for name, result in results.items() if not name.startswith("tsm2/")}

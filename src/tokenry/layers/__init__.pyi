@@ -7,6 +7,7 @@ from .conv_norm import fuse_norm_conv as fuse_norm_conv
 from .conv_pos_enc import ConvPosEnc as ConvPosEnc
 from .dense_average import DenseAverage as DenseAverage
 from .cross_attention import CrossAttention as CrossAttention
+from .fan_out_init import fan_out_init as fan_out_init
 from .head_count import head_count as head_count
 from .in_place_gelu import InPlaceGELU as InPlaceGELU
 from .mlp import ChannelMLP as ChannelMLP
@@ -21,6 +22,7 @@ from .star_relu import SquaredReLU as SquaredReLU
 from .star_relu import StarReLU as StarReLU
 from .star_relu import squared_relu as squared_relu
 from .star_relu import star_relu as star_relu
+from .swin_block import SwinBlock as SwinBlock
 from .window_partition import window_key_mask as window_key_mask
 from .window_partition import window_merge as window_merge
 from .window_partition import window_partition as window_partition

@@ -127,6 +127,6 @@ class S6(nn.Module):
         delta = steps @ self.dt_proj.weight.T
         return selective_scan_step(state, u, delta, self.rates(), enter, leave, self.D, self.dt_proj.bias)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(B, lines, E, L) -> (B, lines, E, L)."""
-        return self.scan(u)
+    def forward(self, x: Tensor) -> Tensor:
+        """``scan``: (B, lines, E, L) -> (B, lines, E, L)."""
+        return self.scan(x)

@@ -9,8 +9,8 @@ from .cat import ChannelGate as ChannelGate
 from .cat import SpatialGate as SpatialGate
 from .channel_attention import ChannelGroupAttention as ChannelGroupAttention
 from .channel_attention import channel_attention_maps as channel_attention_maps
-from .dss2d import DCNv4 as DCNv4
 from .dss2d import DSS2D as DSS2D
+from .dss2d import DCNv4 as DCNv4
 from .dual_attention import DualAttention as DualAttention
 from .dual_token import ConvEncoder as ConvEncoder
 from .dual_token import DualTokenMixer as DualTokenMixer
@@ -21,11 +21,14 @@ from .global_query import GlobalQueryGenerator as GlobalQueryGenerator
 from .global_query import LocalWindowAttention as LocalWindowAttention
 from .hsm_ssd import HSMSSD as HSMSSD
 from .identity import IdentityMixer as IdentityMixer
+from .maf import GLD as GLD
+from .maf import MAFMixer as MAFMixer
 from .mhra import GlobalMHRA as GlobalMHRA
 from .mhra import LocalMHRA as LocalMHRA
 from .mhra import WindowMHRA as WindowMHRA
-from .maf import GLD as GLD
-from .maf import MAFMixer as MAFMixer
+from .mhra_3d import DividedMHRA3d as DividedMHRA3d
+from .mhra_3d import GlobalMHRA3d as GlobalMHRA3d
+from .mhra_3d import LocalMHRA3d as LocalMHRA3d
 from .mix_shift import MixShift as MixShift
 from .performer import PerformerMixer as PerformerMixer
 from .performer import performer_attention as performer_attention
@@ -47,6 +50,9 @@ from .self_guided import HybridScaleAttention as HybridScaleAttention
 from .self_guided import LocalTermAttention as LocalTermAttention
 from .self_guided import SelfGuidedAttention as SelfGuidedAttention
 from .self_guided import SelfGuidedMixer as SelfGuidedMixer
+from .semantic_token import RecoverBlock as RecoverBlock
+from .semantic_token import SemanticTokenMixer as SemanticTokenMixer
+from .semantic_token import SemanticTokens as SemanticTokens
 from .sep_conv import SepConvMixer as SepConvMixer
 from .sparse_channel import SparseChannelAttention as SparseChannelAttention
 from .spatial_fc import SpatialFCMixer as SpatialFCMixer

@@ -9,9 +9,9 @@ Choromanski et al., "Rethinking Attention with Performers", ICLR 2021, arXiv:200
     out     = y Wo + bo
 
 What phi(q) phi(k) is on average depends on the rows' norm. With rows as long as a Gaussian vector, sqrt(d), it is
-exp(q k), the weight of softmax attention; that is the default here, with q and k scaled by d^-1/4 each, so that the mixer
-stands in for softmax(q k / sqrt(d)). T2T-ViT gives its m = d / 2 rows the norm sqrt(m) and does not scale q and k: its
-features are on average exp(-|q - k|^2 / 4), a Gaussian kernel. Its checkpoints need that: ``released=True``.
+exp(q k), the weight of softmax attention; that is the default here, with q and k scaled by d^-1/4 each and eps = 0, so
+that the mixer stands in for softmax(q k / sqrt(d)). T2T-ViT gives its m = d / 2 rows the norm sqrt(m) and does not scale q
+and k: its features are on average exp(-|q - k|^2 / 4), a Gaussian kernel. Its checkpoints need that: ``released=True``.
 
 Cost of a layer: 4 C^2 + 4 C trainable parameters and 4 N C^2 + 4 N m C multiply-accumulates.
 """
@@ -72,23 +72,32 @@ def _exponents(u: Tensor, w: Tensor) -> Tensor:
 
 
 def _scaled_features(q: Tensor, k: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of q and k, each divided by a constant so that none overflows, and eps divided by the same constants."""
+    """Features of q and k for normalised weights, and the sum of every query's weights (..., Nq, 1) with eps.
+
+    As in a softmax, constants are taken out of the exponents so that none overflows and every sum is at least 1: of the
+    keys' exponents the largest per feature, which the queries get, and of these then the largest per query.
+    """
     a, b = _exponents(q, w), _exponents(k, w)  # (..., N, m)
-    most_a, most_b = a.detach().amax(-1, keepdim=True), b.detach().amax((-2, -1), keepdim=True)
-    return (a - most_a).exp(), (b - most_b).exp(), eps * len(w) * (-most_a - most_b).exp()
+    most_b = b.detach().amax(-2, keepdim=True)  # (..., 1, m)
+    a = a + most_b
+    most_a = a.detach().amax(-1, keepdim=True)  # (..., Nq, 1)
+    phi_q, phi_k = (a - most_a).exp(), (b - most_b).exp()
+    total = phi_q @ phi_k.sum(-2).unsqueeze(-1)
+    return phi_q, phi_k, total + eps * len(w) * (-most_a).exp() if eps else total
 
 
-def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, eps: float = 1e-8) -> Tensor:
+def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, eps: float = 0.0) -> Tensor:
     """Average of the values weighted by products of positive random features.
 
-    Computed in float32 outside autocast; features are scaled so that no exponential overflows, without changing the result.
+    Computed in float32 outside autocast, and without overflow whatever the norms of q and k.
 
     Args:
         q: Queries ``(..., Nq, d)``.
         k: Keys ``(..., Nk, d)``.
         v: Values ``(..., Nk, e)``.
         w: Random rows ``(m, d)``.
-        eps: Added to the sum of the weights. Default 1e-8 (authors' code).
+        eps: Added to the sum of the weights phi(q) phi(k). Default 0: they sum to 1. T2T-ViT adds 1e-8, beside which the
+            weights of tokens with large norms vanish.
 
     Returns:
         ``(..., Nq, e)`` in the type of ``v``.
@@ -101,10 +110,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, eps: float =
     """
     with torch.autocast(v.device.type, enabled=False):
         values = v.float()
-        phi_q, phi_k, floor = _scaled_features(q.float(), k.float(), w.float(), eps)
-        weighted = phi_q @ (phi_k.transpose(-2, -1) @ values)  # (..., Nq, e)
-        total = phi_q @ phi_k.sum(-2).unsqueeze(-1)  # (..., Nq, 1)
-        return (weighted / (total + floor)).to(v.dtype)
+        phi_q, phi_k, total = _scaled_features(q.float(), k.float(), w.float(), eps)
+        return (phi_q @ (phi_k.transpose(-2, -1) @ values) / total).to(v.dtype)  # (..., Nq, e)
 
 
 class PerformerMixer(nn.Module):
@@ -117,7 +124,7 @@ class PerformerMixer(nn.Module):
         in_dim: Channels of the input where they differ from C: the mixer is then a layer of T2T-ViT's tokenizer and keeps
             no shape.
         released: As in T2T-ViT's checkpoints: rows of norm sqrt(m) and no scale on q and k, which makes the features
-            estimate exp(-|q - k|^2 / 4) at ratio 0.5.
+            estimate exp(-|q - k|^2 / 4) at ratio 0.5, and eps 1e-8.
         generator: For the random rows. None: torch's own.
         proj_drop: Dropout on the output. Default 0.
         device: Torch device.
@@ -164,7 +171,7 @@ class PerformerMixer(nn.Module):
         self.kqv = nn.Linear(self.in_dim, 3 * dim, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.qk_scale = 1.0 if released else self.head_dim**-0.25
+        self.qk_scale, self.eps = (1.0, 1e-8) if released else (self.head_dim**-0.25, 0.0)
         gain = math.sqrt(features if released else max(features, self.head_dim))
         rows = orthogonal_rows(features, self.head_dim, gain, generator, device)
         self.w = nn.Parameter(rows.to(dtype or torch.get_default_dtype()), requires_grad=False)
@@ -197,7 +204,7 @@ class PerformerMixer(nn.Module):
                 stacklevel=2,
             )
         k, q, v = self.project(x)
-        y = performer_attention(q, k, v, self.w)
+        y = performer_attention(q, k, v, self.w, self.eps)
         y, v = (t.transpose(1, 2).flatten(2) for t in (y, v))  # (B, N, C)
         return self.proj_drop(self.proj(y)), v
 
@@ -208,8 +215,7 @@ class PerformerMixer(nn.Module):
     def token_maps(self, x: Tensor) -> dict[str, Tensor]:
         """``attention`` (B, N): the weight that every token receives, averaged over heads and queries."""
         k, q, _ = self.project(x)
-        phi_q, phi_k, floor = _scaled_features(q.float(), k.float(), self.w.float(), 1e-8)
-        total = phi_q @ phi_k.sum(-2).unsqueeze(-1) + floor
+        phi_q, phi_k, total = _scaled_features(q.float(), k.float(), self.w.float(), self.eps)
         received = (phi_k @ (phi_q / total).mean(-2).unsqueeze(-1)).squeeze(-1)  # (B, heads, N)
         return {"attention": received.mean(1)}
 

@@ -58,6 +58,7 @@ MIXERS: dict[str, str | type[nn.Module]] = {
     "selective_channel": "tokenry.mixers.selective_channel:SelectiveChannelMixer",
     "selective_token": "tokenry.mixers.selective_token:SelectiveTokenMixer",
     "self_guided": "tokenry.mixers.self_guided:SelfGuidedMixer",
+    "semantic_token": "tokenry.mixers.semantic_token:SemanticTokenMixer",
     "sep_conv": "tokenry.mixers.sep_conv:SepConvMixer",
     "sparse_channel": "tokenry.mixers.sparse_channel:SparseChannelAttention",
     "spatial_fc": "tokenry.mixers.spatial_fc:SpatialFCMixer",

@@ -106,7 +106,7 @@ class SelectiveTokenMixer(S6):
         size = x.shape[2:]
         if self.orders == "cross2d":
             lines = cross_scan(u.unflatten(2, size), self.line_names)
-            y = cross_merge(self.scan(lines), *size, self.line_names)
+            y = cross_merge(self.scan(lines), size[0], size[1], self.line_names)
         else:
             y = self.scan(u.unsqueeze(1)).squeeze(1)
         y = self.proj_drop(self.out_proj.weight @ (y * F.silu(z)))  # (B, D, L)
@@ -168,7 +168,7 @@ class SelectiveTokenMixer(S6):
                 torch.zeros(*u.shape, self.d_state, dtype=kind, device=u.device),
             )
         window = torch.cat([state[0], u.unsqueeze(2)], dim=2)  # (B, E, d_conv)
-        u = F.silu((window * self.conv1d.weight.squeeze(1)).sum(2) + self.conv1d.bias)
+        u = F.silu(self.conv1d(window).squeeze(2))
         y, h = self.scan_step(u, state[1])
         return self.out_proj(y * F.silu(z)), (window[:, :, 1:], h)
 

@@ -30,7 +30,6 @@ windows mask, with zeros that the convolution and the sums do not see.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenry.layers.fan_out_init import fan_out_init
 from tokenry.layers.head_count import head_count
 from tokenry.layers.window_partition import window_key_mask, window_merge, window_partition
 from tokenry.mixers.registry import Layout
@@ -78,20 +78,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         blocks = q.split(max(1, BLOCK_VALUES // k.shape[2]), dim=2)
         received = torch.stack([_weights(block, k).sum((1, 2)) for block in blocks]).sum(0)
     return y, received / (q.shape[1] * q.shape[2])
-
-
-def initialise(module: nn.Module) -> None:
-    """The authors' first weights: linear maps from a normal of 0.02, convolutions by their fan-out, no biases."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-        elif isinstance(part, nn.Conv2d):
-            fan_out = math.prod(part.kernel_size) * part.out_channels // part.groups
-            nn.init.normal_(part.weight, std=math.sqrt(2.0 / fan_out))
-        else:
-            continue
-        if part.bias is not None:
-            nn.init.zeros_(part.bias)
 
 
 class _WithLocalTerm(nn.Module):
@@ -185,7 +171,7 @@ class HybridScaleAttention(_WithLocalTerm):
         self.q_global = nn.Linear(dim, dim // 2, **dd)
         self.kv_global = nn.Linear(dim, dim, **dd)
         self.qkv_local = nn.Linear(dim, 3 * dim // 2, **dd)
-        initialise(self)
+        fan_out_init(self)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """(B, N, parts * C / 2) -> (parts, B, heads / 2, N, d)."""
@@ -263,7 +249,7 @@ class LocalTermAttention(_WithLocalTerm):
         super().__init__(dim, head_count(dim, num_heads), proj_drop, dd)
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, 2 * dim, **dd)
-        initialise(self)
+        fan_out_init(self)
 
     def attend(self, x: Tensor, sources: Tensor) -> Tensor:
         """(B, H, W, C), what keys and values are made of (B, M, C) -> (B, H, W, C)."""
@@ -327,7 +313,7 @@ class SelfGuidedAttention(LocalTermAttention):
         super().__init__(dim, num_heads, proj_drop=proj_drop, device=device, dtype=dtype)
         self.group_sizes = sizes
         self.f = nn.ModuleList(nn.Linear(size, 1, device=device, dtype=dtype) for size in sizes)
-        initialise(self.f)
+        fan_out_init(self.f)
 
     def part_sizes(self, tokens: int) -> list[int]:
         """How many of ``tokens`` ranks each part has, the least significant first; what does not divide goes to the second."""

@@ -135,7 +135,7 @@ class PatchMixer(GradientCheckpointingLayer):
         own: dict[str, Any] = {
             "d_state": config.d_state, "d_conv": config.d_conv, "expand": config.expand, "proj_drop": config.dropout,
         }  # fmt: skip
-        self.norm = nn.LayerNorm((config.num_patches, config.d_model))
+        self.norm = nn.LayerNorm([config.num_patches, config.d_model])
         if kind == "token":
             self.mixer: nn.Module = SelectiveTokenMixer(config.d_model, orders="causal", **own)
         elif kind == "selective":

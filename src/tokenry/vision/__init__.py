@@ -18,15 +18,20 @@ from tokenry.vision.multi_resolution_heads import HeatmapHead, SegmentationHead
 from tokenry.vision.poolformer import poolformer
 from tokenry.vision.sg_former import SGFormer
 from tokenry.vision.stvit import STViT
+from tokenry.vision.stvit_deit import STViTDeiT
+from tokenry.vision.stvit_r import STViTR
 from tokenry.vision.super_resolution import upscale_image
 from tokenry.vision.t2t_vit import T2TViT
 from tokenry.vision.tokens_to_token import T2TPerformer, T2TTransformer, TokensToToken
 from tokenry.vision.transnext import TransNeXt
 from tokenry.vision.uniformer import UniFormer
 from tokenry.vision.uniformer_light import UniFormerLight
+from tokenry.vision.uniformer_video import UniFormerVideo, uniformer_video_b, uniformer_video_s
+from tokenry.vision.video_sampling import dense_sample, multi_view, segment_sample
 from tokenry.vision.vim2 import ViM2
 
 __all__ = [
+    "MSMLP",
     "AFFNet",
     "CASViT",
     "DLGSANet",
@@ -37,11 +42,12 @@ __all__ = [
     "HRVMamba",
     "HeatmapHead",
     "MAFormer",
-    "MSMLP",
     "MetaFormer",
     "MetaFormerBlock",
     "SGFormer",
     "STViT",
+    "STViTDeiT",
+    "STViTR",
     "SegmentationHead",
     "T2TPerformer",
     "T2TTransformer",
@@ -50,15 +56,21 @@ __all__ = [
     "TransNeXt",
     "UniFormer",
     "UniFormerLight",
+    "UniFormerVideo",
     "ViM2",
     "checkpoint_filter_fn",
     "convert_gcvit",
     "convert_in21k_head",
+    "dense_sample",
     "draw_tokens",
     "load_checkpoint",
     "load_dlgsanet",
     "metaformer",
+    "multi_view",
     "poolformer",
+    "segment_sample",
     "token_maps",
+    "uniformer_video_b",
+    "uniformer_video_s",
     "upscale_image",
 ]

@@ -2,10 +2,8 @@
 
 Zhang et al., "HRVMamba: High-Resolution Visual State Space Model for Dense Prediction", 2024, arXiv:2410.03174.
 
-A body after HRNet (Wang et al., 2019, arXiv:1908.07919). Stage s has s branches, of strides 4, 8, 16, 32 and widths c, 2c, 4c,
-8c; each branch runs its blocks, then every branch receives the sum of all, resized to it:
-
-    y_i = ReLU( sum_j fuse_ij(x_j) )        up: 1x1 convolution, bilinear; down: depthwise 3x3 of stride 2 and 1x1, repeated
+A body after HRNet (``high_resolution``). Stage s has s branches, of strides 4, 8, 16, 32 and widths c, 2c, 4c, 8c; each branch
+runs its blocks, then every branch receives the sum of all, resized to it.
 
 The block (DVSS), on a map x (B, C, H, W), LN over channels:
 
@@ -26,20 +24,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, ConvMlp, DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tokenry.layers import ConvNorm, ConvPosEnc, MultiScaleDWConv
+from tokenry.layers import ConvPosEnc, MultiScaleDWConv
 from tokenry.mixers.dss2d import DSS2D
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.high_resolution import Neck, ParallelBlock, Transition, bottleneck, conv_act
 from tokenry.vision.registration import register_table
 
 __all__ = ["DVSSBlock", "HRVMamba", "checkpoint_filter_fn", "default_cfgs"]
@@ -102,121 +98,6 @@ class DVSSBlock(nn.Module):
         x = x + self.drop_path(self.token_mixer(self.norm2(x)))
         x = self.pos2(x)
         return x + self.drop_path(self.mlp(self.norm3(x)))
-
-
-def _conv_act(in_chans: int, out_chans: int, kernel_size: int, stride: int, **dd: Any) -> nn.Sequential:
-    return nn.Sequential(ConvNorm(in_chans, out_chans, kernel_size, stride, bias=False, **dd), nn.ReLU())
-
-
-class Transition(nn.Module):
-    """Give every branch its width and add branches at half the lowest resolution: maps -> more maps."""
-
-    def __init__(self, before: Sequence[int], after: Sequence[int], **dd: Any) -> None:
-        super().__init__()
-        kept = zip(before, after, strict=False)
-        convs: list[nn.Module] = [nn.Identity() if a == b else _conv_act(a, b, 3, 1, **dd) for a, b in kept]
-        convs += [_conv_act(before[-1], width, 3, 2, **dd) for width in after[len(before) :]]
-        self.convs = nn.ModuleList(convs)
-
-    def forward(self, maps: Tensor | list[Tensor]) -> list[Tensor]:
-        """One map, or those of the branches so far, to those of all branches."""
-        maps = [maps] if isinstance(maps, Tensor) else maps
-        return [conv(maps[min(i, len(maps) - 1)]) for i, conv in enumerate(self.convs)]
-
-
-class Down(nn.Sequential):
-    """Halve a map: depthwise 3x3 convolution of stride 2, 1x1 convolution, perhaps ReLU."""
-
-    def __init__(self, in_chans: int, out_chans: int, act: bool, **dd: Any) -> None:
-        super().__init__(
-            ConvNorm(in_chans, in_chans, 3, 2, groups=in_chans, bias=False, **dd),
-            ConvNorm(in_chans, out_chans, bias=False, **dd),
-            nn.ReLU() if act else nn.Identity(),
-        )
-
-
-class ParallelBlock(nn.Module):
-    """Blocks in every branch, then each branch receives all: maps -> maps of the same shapes.
-
-    Args:
-        widths: Channels of the branches.
-        drop_paths: Stochastic depth of each branch's blocks, one entry per block.
-        device: Torch device.
-        dtype: Torch dtype.
-        **block: Keywords of ``DVSSBlock``.
-    """
-
-    def __init__(
-        self,
-        widths: Sequence[int],
-        drop_paths: Sequence[float],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **block: Any,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.branches = nn.ModuleList(
-            nn.Sequential(*(DVSSBlock(width, drop_path=p, **block, **dd) for p in drop_paths)) for width in widths
-        )
-
-        def fuse(i: int, j: int) -> nn.Module:
-            if i == j:
-                return nn.Identity()
-            if i < j:
-                return ConvNorm(widths[j], widths[i], bias=False, **dd)
-            last = i - j - 1
-            return nn.Sequential(
-                *(Down(widths[j], widths[i] if k == last else widths[j], k < last, **dd) for k in range(i - j))
-            )
-
-        count = range(len(widths))
-        self.fuse = nn.ModuleList(nn.ModuleList(fuse(i, j) for j in count) for i in count)
-
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """A list of (B, C_i, H_i, W_i) to the same shapes."""
-        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
-        fused = []
-        for i, row in enumerate(self.fuse.children()):
-            size, total = maps[i].shape[-2:], maps[i]
-            for j, resize in enumerate(row.children()):
-                if j != i:
-                    y = resize(maps[j])
-                    total = total + (F.interpolate(y, size, mode="bilinear", align_corners=False) if j > i else y)
-            fused.append(torch.relu(total))
-        return fused
-
-
-class Neck(nn.Module):
-    """Four maps to one of stride 32 for a classifier.
-
-    Args:
-        widths: Channels of the four maps.
-        planes: Inner width of the first bottleneck; the others' double each time. The result has 64 times as many channels.
-        device: Torch device.
-        dtype: Torch dtype.
-    """
-
-    def __init__(self, widths: Sequence[int], planes: int, **dd: Any) -> None:
-        super().__init__()
-        inner = [planes << i for i in range(len(widths))]
-        self.increase = nn.ModuleList(_bottleneck(w, p, **dd) for w, p in zip(widths, inner, strict=True))
-        self.down = nn.ModuleList(_conv_act(4 * a, 4 * b, 3, 2, **dd) for a, b in pairwise(inner))
-        self.final = _conv_act(4 * inner[-1], 8 * inner[-1], 1, 1, **dd)
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps (B, C_i, H / 2^i, W / 2^i) -> (B, 64 planes, H / 8, W / 8)."""
-        x = self.increase[0](maps[0])
-        for down, increase, extra in zip(self.down, self.increase[1:], maps[1:], strict=True):
-            x = down(x) + increase(extra)
-        return self.final(x)
-
-
-def _bottleneck(in_chans: int, planes: int, **dd: Any) -> Bottleneck:
-    out = 4 * planes
-    skip = None if in_chans == out else ConvNorm(in_chans, out, bias=False, **dd)
-    return Bottleneck(in_chans, planes, downsample=skip, **dd)
 
 
 class HRVMamba(Backbone):
@@ -291,20 +172,23 @@ class HRVMamba(Backbone):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        block: dict[str, Any] = {
-            "mlp_ratio": mlp_ratio, "light": light, "d_state": d_state, "dcn_pointwise": dcn_pointwise,
-            "deformable": deformable, "proj_drop": proj_drop_rate, **dd,
-        }  # fmt: skip
-        self.stem = nn.Sequential(*_conv_act(in_chans, 64, 3, 2, **dd), *_conv_act(64, 64, 3, 2, **dd))
+
+        def make(dim: int, drop_path: float) -> DVSSBlock:
+            return DVSSBlock(
+                dim, mlp_ratio, light, drop_path, d_state=d_state, dcn_pointwise=dcn_pointwise, deformable=deformable,
+                proj_drop=proj_drop_rate, **dd,
+            )  # fmt: skip
+
+        self.stem = nn.Sequential(*conv_act(in_chans, 64, 3, 2, **dd), *conv_act(64, 64, 3, 2, **dd))
         first = 4 * stem_width
-        stages = [Stage(nn.Identity(), [_bottleneck(64, stem_width, **dd), _bottleneck(first, stem_width, **dd)])]
+        stages = [Stage(nn.Identity(), [bottleneck(64, stem_width, **dd), bottleneck(first, stem_width, **dd)])]
         total = blocks * sum(modules)
         rates = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
         widths = [width << i for i in range(BRANCHES)]
         before = [first]
         for branches, count in enumerate(modules, start=2):
             after = widths[:branches]
-            parallel = [ParallelBlock(after, [next(rates) for _ in range(blocks)], **block) for _ in range(count)]
+            parallel = [ParallelBlock(after, [next(rates) for _ in range(blocks)], make, **dd) for _ in range(count)]
             stages.append(Stage(Transition(before, after, **dd), parallel))
             before = after
         self.stages = nn.Sequential(*stages)

@@ -18,10 +18,11 @@ than float32 tells apart, and tokens that change places change the keys. Compare
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import (
@@ -36,7 +37,8 @@ from timm.models import clean_state_dict, generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_pos_enc import ConvPosEnc
-from tokenry.mixers.self_guided import HybridScaleAttention, LocalTermAttention, SelfGuidedAttention, initialise
+from tokenry.layers.fan_out_init import fan_out_init
+from tokenry.mixers.self_guided import HybridScaleAttention, LocalTermAttention, SelfGuidedAttention
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
 
@@ -282,7 +284,7 @@ class SGFormer(Backbone):
         self.describe_stages(dims, [4 * 2**i for i in range(len(dims))])
         self.norm = LayerNorm2d(dims[-1], eps=1e-6, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        initialise(self)
+        fan_out_init(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -314,14 +316,13 @@ def _join(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     Their hybrid-scale attention has q1 and kv1 for the smaller map, q2 and kv2 for the windows; their self-guided one q, and kv1
     and kv2 for one half of the heads each.
     """
-    if "q1" in parts:
-        return {
-            "q_global": parts["q1"],
-            "kv_global": parts["kv1"],
-            "qkv_local": torch.cat([parts["q2"], parts["kv2"]]),
-        }
-    (k1, v1), (k2, v2) = parts["kv1"].chunk(2), parts["kv2"].chunk(2)
-    return {"q": parts["q"], "kv": torch.cat([k1, k2, v1, v2])}
+    if set(parts) == {"q1", "kv1", "q2", "kv2"}:
+        local = torch.cat([parts["q2"], parts["kv2"]])
+        return {"q_global": parts["q1"], "kv_global": parts["kv1"], "qkv_local": local}
+    if set(parts) == {"q", "kv1", "kv2"}:
+        (k1, v1), (k2, v2) = parts["kv1"].chunk(2), parts["kv2"].chunk(2)
+        return {"q": parts["q"], "kv": torch.cat([k1, k2, v1, v2])}
+    return parts
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -338,26 +339,26 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         if isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
             break
-    own = model.state_dict()
+    own, last = model.state_dict(), f"stages.{len(cast('Backbone', model).stages) - 1}."
     out: dict[str, Tensor] = {}
     split: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, value in clean_state_dict(dict(found)).items():
         for theirs, ours in RENAMES.items():
             name = re.sub(theirs, ours, name)
-        if name.startswith(f"stages.{len(model.stages) - 1}.norm."):  # type: ignore[arg-type]
-            name = name.removeprefix(f"stages.{len(model.stages) - 1}.")  # type: ignore[arg-type]
+        if name.startswith(f"{last}norm."):
+            name = name.removeprefix(last)
         if name == "stem.pos_embed":
-            side = round(value.shape[-2] ** 0.5) if value.ndim == 3 else value.shape[1]
-            table = own["stem.pos_embed"].shape[1:3]
-            value = resample_abs_pos_embed_nhwc(value.reshape(1, side, side, -1), list(table))
-        linear = re.fullmatch(r"(.*\.token_mixer\.)(q|q[12]|kv[12])\.(weight|bias)", name)
-        if linear:
+            side = math.isqrt(value.shape[1])
+            if value.ndim == 3 and side**2 == value.shape[1]:
+                value = value.unflatten(1, (side, side))
+            if value.ndim == 4:
+                value = resample_abs_pos_embed_nhwc(value, list(own[name].shape[1:3]))
+        if linear := re.fullmatch(r"(.*\.token_mixer\.)(q|q[12]|kv[12])\.(weight|bias)", name):
             split.setdefault((linear[1], linear[3]), {})[linear[2]] = value
         else:
             out[name] = value
     for (prefix, kind), parts in split.items():
-        joined = parts if set(parts) == {"q"} else _join(parts)
-        out |= {f"{prefix}{name}.{kind}": value for name, value in joined.items()}
+        out |= {f"{prefix}{name}.{kind}": value for name, value in _join(parts).items()}
     if not any(name.startswith("head.") for name in own):
         out = {name: value for name, value in out.items() if not name.startswith("head.")}
     check_shapes(out, model, VARIANTS)

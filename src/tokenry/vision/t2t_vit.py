@@ -197,6 +197,18 @@ RENAMES = (
     (r"^(patch_embed\.transformers\.\d+)\.mlp\.0\.", r"\1.mlp.fc1."),
     (r"^(patch_embed\.transformers\.\d+)\.mlp\.2\.", r"\1.mlp.fc2."),
 )
+PERFORMER_RENAMES = ((r"^(patch_embed\.transformers\.\d+)\.proj\.", r"\1.mixer.proj."),)
+
+
+def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names in a state dict changed to ours; ours stay."""
+    performer = any(name.startswith(("tokens_to_token", "patch_embed")) and name.endswith(".w") for name in state_dict)
+    renamed = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in (*RENAMES, *(PERFORMER_RENAMES if performer else ())):
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -207,19 +219,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         model: The model that is to take it.
 
     Raises:
-        ValueError: It is another model's.
+        ValueError: It is another model's, or its positions lie on no square grid and the model has another.
     """
     for key in ("state_dict_ema", "state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
-    renamed: dict[str, Tensor] = {}
-    for name, value in clean_state_dict(dict(state_dict)).items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    if any(name.endswith("mixer.w") for name in renamed):  # a performer's output map is inside its mixer
-        renamed = {
-            re.sub(r"^(patch_embed\.transformers\.\d+)\.proj\.", r"\1.mixer.proj.", k): v for k, v in renamed.items()
-        }
+    renamed = rename(clean_state_dict(dict(state_dict)))
     tokens = model.patch_embed
     table = renamed.get("pos_embed", model.pos_embed)
     if table.shape[1] != model.pos_embed.shape[1]:
