@@ -106,7 +106,22 @@ def test_weights_of_the_newest_alone_are_a_plain_chain():
     torch.testing.assert_close(tokens_alone(X, [token] * 3, [channel] * 3), channel(token(token(token(X)))))
 
 
-def test_every_weight_gets_a_gradient_but_where_nothing_reads_it():
+@pytest.mark.parametrize("mixed", [None, [False, True, False, True], [False] * 4, [True, False, True, True]])
+@torch.no_grad()
+def test_starts_as_a_residual_net(mixed):
+    token, channel = MIXERS
+    present = [True] * 4 if mixed is None else mixed
+    y = X
+    for here in present[:-1]:
+        y = y + token(y)
+        y = y + channel(y) if here else y
+    y = y + token(y)
+    y = channel(y) if present[-1] else y  # the last channel mixer stands alone
+    start = DenseAverage(4, mixed).double()
+    torch.testing.assert_close(start(X, [token] * 4, [channel if here else torch.clone for here in present]), y)
+
+
+def test_every_weight_gets_a_gradient():
     average = DenseAverage(3)
     average(X.float(), [torch.tanh] * 3, [torch.sin] * 3).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in average.parameters())
@@ -116,6 +131,7 @@ def test_every_weight_gets_a_gradient_but_where_nothing_reads_it():
     ("call", "message"),
     [
         (lambda: DenseAverage(0), "num_layers must be at least 1"),
+        (lambda: DenseAverage(2, [True]), "one entry for each of 2 layers, got 1"),
         (lambda: DenseAverage(2).token_input(3, [X], [X]), "layer must be from 1 to 2, got 3"),
         (lambda: DenseAverage(2).channel_input(2, [X, X], [X, X]), "takes 3 outputs of token mixers and 2 of channel"),
         (lambda: DenseAverage(2).token_input(2, [X, X], [X]), "got 2 and 1"),

@@ -141,7 +141,7 @@ def test_reach():
     """Local: two tokens and two frames; global: all; divided: the place over time, then each of these frames."""
     x = torch.randn(1, 4, 7, 6, 6, dtype=torch.float64)
     moved = x.clone()
-    moved[0, :, 3, 3, 3] += 1.0
+    moved[0, 0, 3, 3, 3] += 1.0
     changed = {}
     for kind in KINDS:
         mixer = made(kind, 4)

@@ -168,7 +168,7 @@ def test_starting_weights_of_the_scans_survive_the_model_s_own():
         step = F.softplus(ssm.dt_proj.bias)
         assert 9e-4 < step.min() < 0.01 and 0.03 < step.max() < 0.11
         torch.testing.assert_close(-ssm.rates()[0], torch.tensor([1.0, 2.0]))
-    assert model.average.beta[1].tolist() == [0.0, 1.0]
+    assert model.average.beta[1].tolist() == [0.5, 1.0]
 
 
 def test_gradient_checkpointing_changes_nothing():

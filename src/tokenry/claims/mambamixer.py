@@ -61,14 +61,13 @@ def etth1_row(context: Context) -> Measurement:
     from tokenry.assets import etth1
 
     frame = etth1()
+    every: dict[str, Any] = {**SHORT, "stride": 1, "batch_size": 32}
     results = {
         "repeat-last": train(context, "repeat-last", frame, "repeat-last", **SHORT),
         "seasonal-naive": train(context, "seasonal-naive", frame, "seasonal-naive", **SHORT, season_length=24),
         "dlinear": train(context, "dlinear", frame, "dlinear", **SHORT),
         "rlinear": train(context, "rlinear", frame, "rlinear", **SHORT),
-        "rlinear, all windows": train(
-            context, "rlinear-all", frame, "rlinear", **{**SHORT, "stride": 1, "batch_size": 32}
-        ),
+        "rlinear, all windows": train(context, "rlinear-all", frame, "rlinear", **every),
     }
     forms: dict[str, dict[str, Any]] = {
         "selective": {}, "mlp": {"channel_mixer": "mlp"}, "none": {"channel_mixer": "none"},
@@ -148,16 +147,14 @@ def _accuracy_bars(found: dict[str, list[float]], baseline: str) -> dict[str, An
 
 @measures("mambamixer", "channel-mixer")
 def channel_mixer(context: Context) -> Measurement:
-    """One small ViM2 with selective channel mixers, with MLPs of as many parameters, and with none."""
+    """One small ViM2 with selective channel mixers and with MLPs of as many parameters."""
     from tokenry.mixers import SelectiveChannelMixer
     from tokenry.vision import ViM2
 
     depths, dims, tokens, states = (2,), (32,), 16, 2
     numbers = sum(p.numel() for p in SelectiveChannelMixer(num_tokens=tokens, d_state=states).parameters())
     ratio = numbers / (2 * dims[0] ** 2)
-    forms: dict[str, dict[str, Any]] = {
-        "selective": {}, "mlp": {"channel_mixer": "mlp", "mlp_ratio": ratio}, "none": {"channel_mixer": "none"},
-    }  # fmt: skip
+    forms: dict[str, dict[str, Any]] = {"selective": {}, "mlp": {"channel_mixer": "mlp", "mlp_ratio": ratio}}
     networks = {name: partial(ViM2, depths, dims, d_state=states, **SMALL_VIM2, **own) for name, own in forms.items()}
     params = {name: sum(p.numel() for p in make().parameters()) for name, make in networks.items()}
     found = train_networks(context, networks, epochs=EPOCHS, seeds=SEEDS)

@@ -64,7 +64,9 @@ def size(context: Context) -> Measurement:
 
     found = context.session.step("count", count)
     equal = all(found[f"{name}/{frames}"]["params"] == params for (name, frames), (params, _) in COST.items())
-    near = all(abs(found[f"{name}/{frames}"]["macs_g"] / macs - 1) <= 0.01 for (name, frames), (_, macs) in COST.items())
+    near = all(
+        abs(found[f"{name}/{frames}"]["macs_g"] / macs - 1) <= 0.01 for (name, frames), (_, macs) in COST.items()
+    )
     totals = {key: key[2] * found[f"{key[0]}/{key[1]}"]["macs_g"] for key in TOTALS}
     worst = max(abs(totals[key] / reported - 1) for key, reported in TOTALS.items())
     small, base = found["uniformer_video_s/16"], found["uniformer_video_b/16"]
@@ -187,7 +189,9 @@ def moving_clips(images: np.ndarray, count: int, shuffled: bool, generator: Any)
     pixels = (place[..., None] + np.arange(side)) % (2 * side)  # (count, 8, 2, 32)
     pixels = np.minimum(pixels, 2 * side - 1 - pixels)  # mirrored
     which = np.arange(count) % len(images)
-    clips = images[which[:, None, None, None], pixels[:, :, 0, :, None], pixels[:, :, 1, None, :]]  # (count, 8, 32, 32, 3)
+    clips = images[
+        which[:, None, None, None], pixels[:, :, 0, :, None], pixels[:, :, 1, None, :]
+    ]  # (count, 8, 32, 32, 3)
     scaled = torch.from_numpy(clips).float().sub_(120).div_(63)
     return scaled.permute(0, 4, 1, 2, 3), torch.from_numpy(labels)
 
@@ -260,7 +264,9 @@ def order_of_frames(context: Context) -> Measurement:
             found[name].append(run["accuracy"])
     mean = {name: statistics.mean(values) for name, values in found.items()}
     return Measurement(
-        shows=mean["in order"] > 90 and abs(mean["shuffled"] - 50) <= 10 and abs(mean["one frame at a time"] - 25) <= 10,
+        shows=mean["in order"] > 90
+        and abs(mean["shuffled"] - 50) <= 10
+        and abs(mean["one frame at a time"] - 25) <= 10,
         value=round(mean["in order"], 1),
         baseline=round(mean["shuffled"], 1),
         spread=round(statistics.stdev(found["in order"]), 2),

@@ -28,11 +28,13 @@ class DenseAverage(nn.Module):
     """The learned weights of n layers, and the averages that they make.
 
     Parameters are ``alpha.{l-1}`` (l numbers), ``beta.{l-1}`` (l), ``theta.{l-1}`` (l + 1), ``gamma.{l-1}`` (l). The paper leaves
-    their start open. Here alpha_{1,0} = beta_{1,0} = 1/2, since both stand for the input, beta_{l,l-1} = 1 from the second layer
-    on, theta_{l,l} = gamma_{l,l-1} = 1, and the rest is zero: a chain in which every token mixer has a residual.
+    their start open. Here it is a residual net: the input of every mixer is the sum of x and of all mixers' outputs so far,
+    each once, with alpha_{l,0} = beta_{l,0} = theta_{l,0} = gamma_{l,0} = 1/2, as T_0 and C_0 are both x. Only the last channel
+    mixer has nothing around it. A layer without a channel mixer hands its sum on as C_l; that stands for all before it then.
 
     Args:
         num_layers: Layers n.
+        mixed: Which layers have a channel mixer that is no identity. It only matters for the start. None: all.
         device: Torch device.
         dtype: Torch dtype.
 
@@ -49,12 +51,19 @@ class DenseAverage(nn.Module):
     """
 
     def __init__(
-        self, num_layers: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        num_layers: int,
+        mixed: Sequence[bool] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-        self.num_layers = num_layers
+        self.num_layers, self.mixed = num_layers, [True] * num_layers if mixed is None else list(mixed)
+        if len(self.mixed) != num_layers:
+            raise ValueError(f"mixed needs one entry for each of {num_layers} layers, got {len(self.mixed)}")
 
         def weights(more: int) -> nn.ParameterList:
             sizes = range(1 + more, num_layers + 1 + more)
@@ -65,14 +74,17 @@ class DenseAverage(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A chain of mixers in which every token mixer has a residual."""
-        for weights in (self.alpha, self.beta, self.theta, self.gamma):
-            for weight in weights:
-                weight.zero_()
-                if weights is not self.alpha:
-                    weight[-1] = 1.0
-        self.alpha[0].fill_(0.5)
-        self.beta[0].fill_(0.5)
+        """A residual net."""
+        whole = 0  # C_whole is all that came before it
+        for layer in range(self.num_layers):
+            for tokens, channels in ((self.alpha, self.beta), (self.theta, self.gamma)):
+                for weight, first in ((tokens[layer], whole + 1), (channels[layer], whole)):
+                    weight[:first] = 0.0
+                    weight[first:] = 1.0
+                if whole == 0:
+                    tokens[layer][0] = channels[layer][0] = 0.5
+            if not self.mixed[layer]:
+                whole = layer + 1
 
     def token_input(self, layer: int, tokens: Sequence[Tensor], channels: Sequence[Tensor]) -> Tensor:
         """Input of token mixer ``layer`` (from 1) from ``tokens`` T_0 ... T_{l-1} and ``channels`` C_0 ... C_{l-1}."""

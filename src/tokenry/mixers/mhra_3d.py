@@ -115,9 +115,7 @@ class GlobalMHRA3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.attention = GlobalMHRA(
-            dim, head_dim, qkv_bias, attn_drop, proj_drop=proj_drop, device=device, dtype=dtype
-        )
+        self.attention = GlobalMHRA(dim, head_dim, qkv_bias, attn_drop, proj_drop=proj_drop, device=device, dtype=dtype)
 
     def token_maps(self, x: Tensor) -> dict[str, Tensor]:
         """``attention`` (B, T, H, W): what every token receives, averaged over heads and queries."""

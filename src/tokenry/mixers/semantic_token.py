@@ -79,9 +79,7 @@ def key_positions(size: int, window: int, margin: int) -> tuple[list[list[int]],
     length = max(stop - start for start, stop in spans)
     firsts = [min(start, size - length) for start, _ in spans]
     positions = [[first + i for i in range(length)] for first in firsts]
-    belongs = [
-        [start <= place < stop for place in row] for row, (start, stop) in zip(positions, spans, strict=True)
-    ]
+    belongs = [[start <= place < stop for place in row] for row, (start, stop) in zip(positions, spans, strict=True)]
     return positions, belongs
 
 

@@ -183,7 +183,7 @@ class TSM2ForPrediction(PreTrainedModel):
             nn.Identity() if config.channel_mixer == "none" else PatchMixer(config, config.channel_mixer)
             for _ in range(layers)
         )
-        self.average = DenseAverage(layers) if config.average else None
+        self.average = DenseAverage(layers, [config.channel_mixer != "none"] * layers) if config.average else None
         self.head = nn.Linear(config.num_patches * config.d_model, config.prediction_length)
         self.dropout = nn.Dropout(config.dropout)
         if config.num_future_features:

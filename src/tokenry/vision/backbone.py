@@ -314,7 +314,9 @@ def check_shapes(
         return missing, unknown, wrong
 
     missing, unknown, wrong = faults({name: value.shape for name, value in own.items()})
-    wrong, unknown = ([name for name in names if not name.startswith(("head", "dist_head"))] for names in (wrong, unknown))
+    wrong, unknown = (
+        [name for name in names if not name.startswith(("head", "dist_head"))] for names in (wrong, unknown)
+    )
     if not (missing or unknown or wrong):
         return
     likely = ""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from tokenry.layers.head_count import head_count
@@ -113,6 +113,10 @@ class T2TViT(VisionTransformer):
         torch.Size([1, 10])
     """
 
+    patch_embed: TokensToToken
+    pos_embed: nn.Parameter
+    cls_token: nn.Parameter
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -134,7 +138,7 @@ class T2TViT(VisionTransformer):
             raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth} and {num_classes}")
         super().__init__(
             img_size=img_size,
-            patch_size=None,  # that of the splits
+            patch_size=math.prod(stride for _, stride in splits),
             in_chans=in_chans,
             num_classes=num_classes,
             embed_dim=embed_dim,
@@ -148,8 +152,8 @@ class T2TViT(VisionTransformer):
         )
         self.pos_embed.requires_grad_(False)
         if qk_scale is not None:
-            for block in self.blocks:
-                block.attn.q_norm = QueryScale(qk_scale / block.attn.scale)
+            for attention in (module for module in self.modules() if isinstance(module, Attention)):
+                attention.q_norm = QueryScale(qk_scale / attention.scale)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Linear maps and the class token normal with deviation 0.02, and the fixed positions."""
@@ -180,7 +184,7 @@ class T2TViT(VisionTransformer):
                 "is meant to stay fixed: model.pos_embed.requires_grad_(False)",
                 stacklevel=2,
             )
-        table = self.pos_embed
+        table: Tensor = self.pos_embed
         if self.dynamic_img_size:
             table = _resized(table, x.shape[1:3], self.patch_embed.grid_size)
             x = x.flatten(1, 2)

@@ -27,6 +27,7 @@ from timm.models import clean_state_dict, generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_glu import ConvGLU
+from tokenry.layers.fan_out_init import fan_out_init
 from tokenry.mixers.aggregated_attention import AggregatedAttention, CosineAttention
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
@@ -233,7 +234,10 @@ class TransNeXt(Backbone):
         self.norm = LayerNorm2d(dims[-1], **dd)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.describe_stages(dims, (4, 8, 16, 32))
-        self.apply(_init_weights)
+        fan_out_init(self)
+        for module in self.modules():
+            if isinstance(module, AggregatedAttention):  # the authors' map before pooling is a convolution of 1x1
+                nn.init.normal_(module.sr.weight, std=math.sqrt(2.0 / module.dim))
 
     def check_pool_size(self, height: int, width: int) -> None:
         """Refuse images whose pooled maps are not larger than ``fixed_pool_size``, with a ``ValueError``."""
@@ -254,18 +258,6 @@ class TransNeXt(Backbone):
     def no_weight_decay(self) -> set[str]:
         """Temperatures, query embeddings and position biases."""
         return {name for name, _ in self.named_parameters() if any(part in name for part in UNDECAYED)}
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, AggregatedAttention):  # the authors' map before pooling is a convolution of 1x1
-        nn.init.normal_(module.sr.weight, std=math.sqrt(2.0 / module.dim))
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

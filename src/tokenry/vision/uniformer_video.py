@@ -124,9 +124,7 @@ class GlobalBlock3d(nn.Module):
         attention: dict[str, Any] = {"head_dim": head_dim, "attn_drop": attn_drop, "proj_drop": proj_drop, **dd}
         self.pos_embed = ConvPosEnc(dim, frames=True, **dd)
         self.norm1 = nn.Identity() if split else nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mixer = (
-            DividedMHRA3d(dim, drop_path=drop_path, **attention) if split else GlobalMHRA3d(dim, **attention)
-        )
+        self.mixer = DividedMHRA3d(dim, drop_path=drop_path, **attention) if split else GlobalMHRA3d(dim, **attention)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=InPlaceGELU, drop=proj_drop, **dd)
         drop = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -367,7 +365,9 @@ def _ours(state_dict: dict[str, Any], split: bool = False) -> dict[str, Tensor]:
 
 def _describe(state_dict: Mapping[str, Tensor]) -> str:
     """What network a state dict under our names is of, as far as its shapes show."""
-    blocks = {tuple(map(int, m.groups())) for m in (re.match(r"stages\.(\d)\.blocks\.(\d+)\.", k) for k in state_dict) if m}
+    blocks = {
+        tuple(map(int, m.groups())) for m in (re.match(r"stages\.(\d)\.blocks\.(\d+)\.", k) for k in state_dict) if m
+    }
     depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(4))
     norms = [state_dict.get(f"stages.{i}.blocks.0.norm2.weight") for i in range(4)]
     dims = tuple(0 if norm is None else len(norm) for norm in norms)
@@ -470,7 +470,13 @@ def uniformer_video_s(
         **kwargs: Further arguments of ``UniFormerVideo``.
     """
     return _create(
-        "uniformer_video_s", features_only, num_frames=num_frames, num_classes=num_classes, split=split, std=std, **kwargs
+        "uniformer_video_s",
+        features_only,
+        num_frames=num_frames,
+        num_classes=num_classes,
+        split=split,
+        std=std,
+        **kwargs,
     )
 
 
@@ -493,5 +499,11 @@ def uniformer_video_b(
         **kwargs: Further arguments of ``UniFormerVideo``.
     """
     return _create(
-        "uniformer_video_b", features_only, num_frames=num_frames, num_classes=num_classes, split=split, std=std, **kwargs
+        "uniformer_video_b",
+        features_only,
+        num_frames=num_frames,
+        num_classes=num_classes,
+        split=split,
+        std=std,
+        **kwargs,
     )

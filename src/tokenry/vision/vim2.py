@@ -206,7 +206,8 @@ class ViM2(Backbone):
                 ViM2Block(dim, channel_mixer_of(dim, tokens) if j % 2 else None, d_state, rates.pop(0), average, **dd)
                 for j in range(depth)
             ]
-            stages.append(ViM2Stage(downsample, blocks, DenseAverage(depth, **dd) if average else None))
+            sums = DenseAverage(depth, [b.channel_mixer is not None for b in blocks], **dd) if average else None
+            stages.append(ViM2Stage(downsample, blocks, sums))
         self.stages = nn.Sequential(*stages)
         self.norm = LayerNorm2d(dims[-1], eps=EPS, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)

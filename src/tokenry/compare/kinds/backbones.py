@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["Backbones"]
 
 PEERS = ["mobilevitv2_050", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
-OURS = ["affnet_et", "affnet_t", "affnet", "poolformer_s12", "identityformer_s12"]
-DEMO_METHODS = ["mobilevitv2_050", "affnet_et", "mobilevit_xxs", "efficientvit_b0", "resnet18"]
+OURS = [
+    "affnet_et", "affnet_t", "affnet", "poolformer_s12", "identityformer_s12", "cas_vit_xs", "tokenry_efficientvim_m1",
+    "uniformer_xxs", "t2t_vit_7", "dualtoken_vit_tiny", "hrvmamba_nano", "transnext_micro",
+]  # fmt: skip
+DEMO_METHODS = [
+    "mobilevitv2_050", "affnet_et", "cas_vit_xs", "tokenry_efficientvim_m1", "mobilevit_xxs", "efficientvit_b0", "resnet18",
+]  # fmt: skip
 
 
 def _registered() -> Any:
