@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = {
     "affnet", "batchllm", "block-transformer", "byte-probabilities", "cas-vit", "cce", "data-mixture-inference",
     "davit", "dlgsanet", "efficientvim", "dualtoken-vit", "ems", "fs-gen", "gc-vit", "hrvmamba", "itransformer", "lastde", "metaformer-baselines",
-    "mambamixer", "ms-mlp", "poolformer", "ppd", "s2d", "sg-former", "skipdecode", "stvit", "superposed-decoding", "t2t-vit", "tidaldecode", "token-forcing",
+    "mambamixer", "ms-mlp", "poolformer", "ppd", "s2d", "sg-former", "skipdecode", "stvit", "stvit-r", "superposed-decoding", "t2t-vit", "tidaldecode", "token-forcing",
     "token-recycling", "transnext", "uniformer", "uniformer-video",
 }  # fmt: skip
 

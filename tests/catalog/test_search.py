@@ -41,6 +41,7 @@ QUESTIONS = [
     ("combine convolution with self-attention", "uniformer"),
     ("recognise actions in video clips", "uniformer-video"),
     ("superpixels that attend to each other", "stvit"),
+    ("semantic tokens instead of all patches", "stvit-r"),
     ("keep detail of significant tokens and merge the others", "sg-former"),
     ("overlapping patch embedding instead of plain patches", "t2t-vit"),
 ]

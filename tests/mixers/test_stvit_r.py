@@ -191,7 +191,9 @@ def test_drawing_shows_where_tokens_look():
     block, x = random_weights(SemanticTokens(8, 2)), torch.randn(2, 8, 14, 20)
     found = block.token_maps(x)["semantic"]
     assert found.shape == (2, 14, 20) and (found >= 0).all()
-    assert (found.sum((1, 2)) < 6).all() and (found.sum((1, 2)) > 3).all()  # six windows share out 1 each, less the centres'
+    assert (found.sum((1, 2)) < 6).all() and (
+        found.sum((1, 2)) > 3
+    ).all()  # six windows share out 1 each, less the centres'
     # to values that are all ones in the keys' numbering, attention gives just these shares
     block.attn.v.weight.zero_()
     block.attn.v.bias.fill_(1.0)

@@ -18,7 +18,15 @@ from tokenry.vision.stvit_r import VARIANTS, STViTR, checkpoint_filter_fn
 pytestmark = pytest.mark.method("stvit-r")
 
 TINY = {"depths": (1, 2, 12, 1), "embed_dim": 8, "num_heads": (1, 2, 2, 4), "num_classes": 5}
-PLAIN = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 5, "full_depth": 1, "num_classes": 5}
+PLAIN = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "num_heads": 2,
+    "depth": 5,
+    "full_depth": 1,
+    "num_classes": 5,
+}
 # Parameters, and billions of multiply-accumulates at 224 pixels that the authors' code takes.
 COUNTS = {"stvit_r_swin_small": (49_625_518, 5.799), "stvit_r_swin_base": (87_812_336, 10.23)}
 # Timm's DeiT without its class token (and that token's position), and M global centres more.
@@ -100,7 +108,10 @@ def as_the_authors(model):
         if ".attn.v." in theirs:
             continue
         if ".attn.k." in theirs:
-            theirs, value = theirs.replace(".k.", ".kv."), torch.cat([value, model.state_dict()[name.replace(".k.", ".v.")]])
+            theirs, value = (
+                theirs.replace(".k.", ".kv."),
+                torch.cat([value, model.state_dict()[name.replace(".k.", ".v.")]]),
+            )
         if theirs.endswith("bias_table"):
             out[theirs.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
         out[theirs] = value
@@ -155,7 +166,9 @@ def test_settings_reach_the_blocks():
     swin = [m for m in model.modules() if isinstance(m, SwinBlock)]
     assert [(m.window, m.shift) for m in swin] == [(5, 0), (5, 0), (5, 2), (5, 0), (5, 0), (5, 0)]
     made = [m for m in model.modules() if isinstance(m, SemanticTokens)]
-    assert {(m.window, m.samples, m.margin, m.shortcut, m.conv_pos is not None) for m in made} == {(5, 2, 1, True, True)}
+    assert {(m.window, m.samples, m.margin, m.shortcut, m.conv_pos is not None) for m in made} == {
+        (5, 2, 1, True, True)
+    }
     assert made[0].ls1.gamma.eq(0.5).all() and made[0].mlp.fc1.out_features == 64
     units = [m for m in model.modules() if isinstance(m, SemanticTokenMixer)]
     assert units[-1].recover.drop_path.drop_prob == pytest.approx(0.3 * 14 / 15)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from timm.models import register_model
+from timm.models import is_model, model_entrypoint, register_model
 from torch import nn
 
 __all__ = ["register_table"]
@@ -28,4 +29,7 @@ def register_table(module: str, names: Iterable[str], create: Callable[..., nn.M
         entry.__name__ = entry.__qualname__ = name
         entry.__module__ = module
         entry.__doc__ = f"timm model ``{name}``."
-        setattr(sys.modules[module], name, register_model(entry))
+        with warnings.catch_warnings():
+            if is_model(name) and model_entrypoint(name).__module__ == module:  # the module is loaded a second time
+                warnings.simplefilter("ignore", UserWarning)
+            setattr(sys.modules[module], name, register_model(entry))

@@ -114,8 +114,8 @@ class T2TViT(VisionTransformer):
     """
 
     patch_embed: TokensToToken
-    pos_embed: nn.Parameter
-    cls_token: nn.Parameter
+    pos_embed: nn.Parameter  # type: ignore[bad-override-mutable-attribute]
+    cls_token: nn.Parameter  # type: ignore[bad-override-mutable-attribute]
 
     def __init__(
         self,
@@ -174,8 +174,9 @@ class T2TViT(VisionTransformer):
         """Another size of the images: the position table is resized as when loading."""
         table, before = self.pos_embed.detach(), self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
-        with torch.no_grad():
-            self.pos_embed.copy_(_resized(table, self.patch_embed.grid_size, before))
+        after = self.patch_embed.grid_size
+        if after is not None and after != before:
+            self.pos_embed.data.copy_(_resized(table, after, before))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         if self.training and self.pos_embed.requires_grad:
@@ -215,7 +216,7 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: T2TViT) -> dict[str, Tensor]:
     """The authors' checkpoint under our names, its positions resized to the model's images.
 
     Args:
@@ -230,7 +231,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     renamed = rename(clean_state_dict(dict(state_dict)))
     tokens = model.patch_embed
     table = renamed.get("pos_embed", model.pos_embed)
-    if table.shape[1] != model.pos_embed.shape[1]:
+    if tokens.grid_size is not None and table.shape[1] != model.pos_embed.shape[1]:
         if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
             raise ValueError(
                 f"the checkpoint has positions for {table.shape[1] - 1} tokens, which lie on no square grid, and the model "

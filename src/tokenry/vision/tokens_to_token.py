@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Mlp, to_2tuple
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,6 +151,10 @@ class T2TTransformer(nn.Module):
 KINDS: dict[str, type[nn.Module]] = {"performer": T2TPerformer, "transformer": T2TTransformer}
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 class TokensToToken(nn.Module):
     """Images to tokens, in the place of a patch embedding: (B, C, H, W) -> (B, N, D).
 
@@ -238,7 +242,7 @@ class TokensToToken(nn.Module):
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Another size of the images, as timm sets it."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+        if patch_size is not None and _pair(patch_size) != self.patch_size:
             raise ValueError(
                 f"patch_size is the product of the strides, {self.stride}, got {patch_size}; change splits"
             )
@@ -246,7 +250,7 @@ class TokensToToken(nn.Module):
         self.grid_size: tuple[int, int] | None = None
         self.num_patches: int | None = None
         if img_size is not None:
-            height, width = to_2tuple(img_size)
+            height, width = _pair(img_size)
             self._check_sides(height, width)
             self.img_size, self.grid_size = (height, width), (height // self.stride, width // self.stride)
             self.num_patches = self.grid_size[0] * self.grid_size[1]
