@@ -60,7 +60,10 @@ MODELS = [
 # Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ms_mlp_tiny": ({"depths": (3, 3, 9, 3), "mix_size": KERNEL_SIZES}, {}),
-    "stvit_r_swin_small": ({"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "use_global": False}, {}),
+    "stvit_r_swin_small": (
+        {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "use_global": False},
+        {},
+    ),
     "stvit_small": ({"args": types.SimpleNamespace(drop=0.0, drop_path=0.0)}, {}),
 }
 BUILT = {  # timm has models of these names; the same ones from our builder

@@ -66,10 +66,13 @@ BACKBONES: dict[str, Tiny] = {
         "fixed",
     ),
     "hrvmamba_nano": Tiny(
-        "hrvmamba", {"width": 8, "stem_width": 8, "modules": (1, 1, 1), "blocks": 1, "neck_width": 4, "drop_path_rate": 0.0}, 32
+        "hrvmamba",
+        {"width": 8, "stem_width": 8, "modules": (1, 1, 1), "blocks": 1, "neck_width": 4, "drop_path_rate": 0.0},
+        32,
     ),
     "transnext_micro": Tiny(
-        "transnext", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3), "sr_ratios": (4, 4, 2, 1)}
+        "transnext",
+        {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3), "sr_ratios": (4, 4, 2, 1)},
     ),
     "uniformer_small": Tiny(
         "uniformer", {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "head_dim": 8}, sizes=32, mobile=True

@@ -194,9 +194,7 @@ def test_drawing_shows_where_tokens_look():
     assert (found.sum((1, 2)) < 6).all() and (
         found.sum((1, 2)) > 3
     ).all()  # six windows share out 1 each, less the centres'
-    # to values that are all ones in the keys' numbering, attention gives just these shares
-    block.attn.v.weight.zero_()
-    block.attn.v.bias.fill_(1.0)
+    # one window: its keys are the nine centres and then the whole map
     small = torch.randn(1, 8, 5, 6)
     c = block.pool(small.permute(0, 2, 3, 1))
     keys = block.norm1(torch.cat([c[0], small[0].flatten(1).T]))

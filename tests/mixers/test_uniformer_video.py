@@ -232,7 +232,9 @@ def test_position_encoding_with_frames():
 
 def test_they_are_no_image_mixers():
     assert not [name for name in list_mixers() if "3d" in name]
-    with pytest.raises(ValueError, match=r"maps? of clips \(B, C, T, H, W\), got \(1, 8, 8, 8\); for images take LocalMHRA"):
+    with pytest.raises(
+        ValueError, match=r"maps? of clips \(B, C, T, H, W\), got \(1, 8, 8, 8\); for images take LocalMHRA"
+    ):
         metaformer(LocalMHRA3d, depths=(1,), dims=(8,), num_classes=2)(torch.zeros(1, 3, 32, 32))
 
 

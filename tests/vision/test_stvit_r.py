@@ -89,6 +89,16 @@ def test_plain_form_is_deit_with_fewer_multiply_accumulates(variant):
     assert 0.55 < 1 - count_macs(ours, x) / count_macs(deit, x) < 0.60
 
 
+def test_stages_have_the_logged_parameters():
+    blocks, merging = (0.225, 0.892, 31.958, 14.184), (None, 0.074496, 0.296, 1.183)  # millions, from the authors' logs
+    for stage, own, before in zip(
+        timm.create_model("stvit_r_swin_small", device="meta").stages, blocks, merging, strict=True
+    ):
+        assert round(sum(p.numel() for p in stage.blocks.parameters()) / 1e6, 3) == own
+        if before is not None:
+            assert sum(p.numel() for p in stage.downsample.parameters()) / 1e6 == pytest.approx(before, abs=5e-4)
+
+
 def as_the_authors(model):
     """A state dict of ours under the authors' names, with the constants that their checkpoints hold."""
     parts, out = ("swin", "generate", "gather", "within", "among", "recover"), {}

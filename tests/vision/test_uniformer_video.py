@@ -278,14 +278,22 @@ def test_the_classifier_is_taken_over_where_the_classes_agree():
     fresh = other.head.fc.weight.detach().clone()
     assert torch.equal(same.from_image_checkpoint(image.state_dict()).head.fc.weight, image.head.fc.weight)
     assert torch.equal(other.from_image_checkpoint(image.state_dict()).head.fc.weight, fresh)
+    kinetics = tiny(num_classes=9)
+    started = tiny(seed=1).from_image_checkpoint(kinetics.state_dict()).state_dict()
+    assert all(torch.equal(started[name], value) for name, value in kinetics.state_dict().items() if "head" not in name)
     labelling = tiny(UniFormer, token_labeling=True)  # a second classifier has no place here
-    assert torch.equal(tiny(seed=1).from_image_checkpoint(labelling.state_dict()).head.fc.weight, labelling.head.fc.weight)
+    assert torch.equal(
+        tiny(seed=1).from_image_checkpoint(labelling.state_dict()).head.fc.weight, labelling.head.fc.weight
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depths": (1, 1, 3, 1)}, r"14 unknown \(stages.2.blocks.2.*It has depths \(1, 1, 3, 1\) and dims \(8, 12, 16, 24\)"),
+        (
+            {"depths": (1, 1, 3, 1)},
+            r"14 unknown \(stages.2.blocks.2.*It has depths \(1, 1, 3, 1\) and dims \(8, 12, 16, 24\)",
+        ),
         ({"depths": (1, 1, 1, 1)}, r"tensors missing \(stages.2.blocks.1.*It has depths \(1, 1, 1, 1\)"),
         ({"dims": (8, 12, 16, 32)}, r"of another shape.*dims \(8, 12, 16, 32\)"),
         ({"in_chans": 1}, r"stem.proj.weight \(8, 1, 3, 4, 4\), the model's is \(8, 3, 3, 4, 4\)"),
@@ -317,7 +325,13 @@ def test_video_checkpoints():
 # Sampling
 
 
-@given(n=st.integers(1, 60), frames=st.integers(1, 9), stride=st.integers(1, 5), number=st.integers(1, 5), train=st.booleans())
+@given(
+    n=st.integers(1, 60),
+    frames=st.integers(1, 9),
+    stride=st.integers(1, 5),
+    number=st.integers(1, 5),
+    train=st.booleans(),
+)
 def test_dense_clips_keep_their_pace_and_stay_inside(n, frames, stride, number, train):
     index = dense_sample(n, frames, stride, number, train)
     assert index.shape == (number, frames) and index.dtype == torch.int64
@@ -431,7 +445,10 @@ def test_a_list_of_two_pathways_is_refused():
         (lambda: dense_sample(9, 4, 0), "stride must be at least 1"),
         (lambda: segment_sample(9, 0), "frames must be at least 1"),
         (lambda: multi_view(tiny(), torch.zeros(1, 3, 4, 32, 32)), r"use clips.unsqueeze\(1\)"),
-        (lambda: multi_view(tiny(), torch.zeros(1, 1, 3, 4, 32, 32), crops=3), "3 crops of square clips 32x32 are all the same"),
+        (
+            lambda: multi_view(tiny(), torch.zeros(1, 1, 3, 4, 32, 32), crops=3),
+            "3 crops of square clips 32x32 are all the same",
+        ),
         (lambda: multi_view(tiny(), torch.zeros(1, 1, 3, 4, 32, 64), crops=0), "crops must be at least 1"),
     ],
 )

@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
     "mlp_ratio": 2.0,
     "num_classes": 4,
 }
-CLIPS, EPOCHS, SEEDS, FRAMES = 2000, 5, 2, 8
+CLIPS, EPOCHS, SEEDS, FRAMES = 1200, 5, 2, 8
 
 
 @measures("uniformer-video", "size")
@@ -124,14 +124,14 @@ def inflation(context: Context) -> Measurement:
 
     from tokenry.vision import UniFormer, UniFormerVideo
 
-    arguments = {**TINY, "num_classes": 10}
+    arguments: dict[str, Any] = {**TINY, "num_classes": 10}
 
     def run() -> dict[str, float]:
         torch.manual_seed(context.seed)
         image = UniFormer(**arguments).eval()
-        for module in image.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                torch.nn.init.normal_(module.running_mean, std=0.1)
+        for name, buffer in image.named_buffers():
+            if name.endswith("running_mean"):
+                torch.nn.init.normal_(buffer, std=0.1)
         state, found = image.state_dict(), {}
         with torch.inference_mode():
             picture = torch.randn(2, 3, 64, 64)
@@ -222,7 +222,7 @@ def _train(context: Context, make: Callable[[], nn.Module], shuffled: bool, seed
     model.eval()
     with torch.inference_mode():
         found = torch.cat([model(part.to(context.device)).argmax(1).cpu() for part in tests.split(100)])
-    return {"accuracy": 100 * (found == answers).float().mean().item(), "loss": loss.item()}
+    return {"accuracy": 100 * (found == answers).float().mean().item()}
 
 
 def _per_frame() -> nn.Module:
@@ -257,6 +257,8 @@ def order_of_frames(context: Context) -> Measurement:
     found: dict[str, list[float]] = {name: [] for name in networks}
     for seed in range(context.seed, context.seed + SEEDS):
         for name, (make, shuffled) in networks.items():
+            if name == "in order, local alone" and seed > context.seed:
+                continue  # reported beside the others, not part of the rule
             run = context.session.step(
                 f"{name}/{CLIPS}/{EPOCHS}/seed{seed}",
                 lambda make=make, shuffled=shuffled, seed=seed: _train(context, make, shuffled, seed),
@@ -273,7 +275,7 @@ def order_of_frames(context: Context) -> Measurement:
         sentence=f"direction of moving photographs, {CLIPS:,} clips, {EPOCHS} epochs, {SEEDS} seeds, others to test: "
         f"{mean['in order']:.1f} % (must be above 90), with shuffled frames {mean['shuffled']:.1f} % (must be within 10 points of "
         f"50: the axis is left), one frame at a time {mean['one frame at a time']:.1f} % (within 10 points of 25, a guess); with "
-        f"local aggregators alone {mean['in order, local alone']:.1f} % (reported)",
+        f"local aggregators alone {mean['in order, local alone']:.1f} % (reported, first seed)",
         details=found,
     )
 

@@ -5,8 +5,8 @@ from .conv_glu import ConvGLU as ConvGLU
 from .conv_norm import ConvNorm as ConvNorm
 from .conv_norm import fuse_norm_conv as fuse_norm_conv
 from .conv_pos_enc import ConvPosEnc as ConvPosEnc
-from .dense_average import DenseAverage as DenseAverage
 from .cross_attention import CrossAttention as CrossAttention
+from .dense_average import DenseAverage as DenseAverage
 from .fan_out_init import fan_out_init as fan_out_init
 from .head_count import head_count as head_count
 from .in_place_gelu import InPlaceGELU as InPlaceGELU

@@ -102,15 +102,14 @@ class S6(nn.Module):
         delta = (self.dt_proj.weight.unflatten(0, split) @ steps).flatten(2, 3)  # (B, ways, lines E, L)
         rates, bias, skip = (t.chunk(self.ways) for t in (self.rates(), self.dt_proj.bias, self.D))
         sequences = u.flatten(1, 2)  # (B, lines E, L)
-        y: Tensor | None = None
-        for way in range(self.ways):
-            backwards = reverse if self.ways == 1 else way == 1
-            out = selective_scan(
+        outputs = [
+            selective_scan(
                 sequences, delta[:, way], rates[way], enter[:, way], leave[:, way], skip[way], bias[way],
-                reverse=backwards,
-            )  # fmt: skip
-            y = out if y is None else y + out
-        return y.unflatten(1, (self.lines, -1))  # type: ignore[union-attr]
+                reverse=reverse if self.ways == 1 else way == 1,
+            )
+            for way in range(self.ways)
+        ]  # fmt: skip
+        return sum(outputs[1:], outputs[0]).unflatten(1, (self.lines, -1))
 
     def mean_step(self, u: Tensor) -> Tensor:
         """The steps that every position of (B, E, L) takes, averaged over channels and orders: (B, L).

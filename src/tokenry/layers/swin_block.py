@@ -12,6 +12,8 @@ maps that the window divides, both compute the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
@@ -101,7 +103,8 @@ class SwinBlock(SwinTransformerBlock):
             dtype=dtype,
         )
         self.window, self.shift = window, shift
-        self.attn.fused_attn = True
+        attention: Any = self.attn  # whose attribute is final
+        attention.fused_attn = True
 
     def _attn(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2])

@@ -124,7 +124,7 @@ class MixShift(nn.Module):
             run = list(found)
             moved = [shift_map(parts[g], self.shifts[g], dim, self.wrap) for dim in (3, 2) for g in run]
             convolutions = [side[g] for side in (self.dwconv_lr, self.dwconv_td) for g in run]
-            weight = torch.cat([c.weight for c in convolutions])  # (2c, 1, k, k)
+            weight = torch.cat([c.weight for c in convolutions])  # type: ignore[misc]  # (2c, 1, k, k)
             bias = torch.cat([c.bias for c in convolutions])  # type: ignore[misc]
             y = torch.cat(moved, dim=1)  # (B, 2c, H, W)
             if size == 1:

@@ -194,7 +194,7 @@ class SemanticTokens(TokenLayer):
     ) -> None:
         if not 1 <= samples <= window:
             raise ValueError(
-                f"samples must be from 1 to the window's side of {window}, got {samples}; the papers' models take 3 of 7"
+                f"samples must be from 1 to the window's side of {window}, got {samples}; the paper's models take 3 of 7"
             )
         if margin < 0:
             raise ValueError(f"margin must be 0 or more tokens, got {margin}; the paper's models take 3")
@@ -363,7 +363,8 @@ class SemanticTokenMixer(nn.Module):
             layer_scale=layer_scale, drop_path=rates[1], **drops, **dd,
         )  # fmt: skip
         self.gather, self.within, self.among, self.recover = (block(rate) for rate in rates[2:])
-        for linear in (self.swin.attn.qkv, self.swin.attn.proj, self.swin.mlp.fc1, self.swin.mlp.fc2):
+        linears: tuple[Any, ...] = (self.swin.attn.qkv, self.swin.attn.proj, self.swin.mlp.fc1, self.swin.mlp.fc2)
+        for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 

@@ -25,13 +25,12 @@ def _decode(source: object, side: int) -> np.ndarray:
 
 
 def decode_images(
-    sources: Iterable[object], labels: Iterable[int], side: int, skipped: list[str] | None = None
+    labelled: Iterable[tuple[object, int]], side: int, skipped: list[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images as one array, leaving out what cannot be read.
 
     Args:
-        sources: Paths, encoded bytes, or dicts that hold bytes.
-        labels: One per source.
+        labelled: Pairs of a path, encoded bytes or a dict that holds bytes, and a label.
         side: Images are resized to ``side`` x ``side`` pixels.
         skipped: Gets a line ``name: reason`` for every image that is left out.
 
@@ -44,7 +43,7 @@ def decode_images(
     from PIL import UnidentifiedImageError
 
     images, kept, refused = [], [], []
-    for position, (source, label) in enumerate(zip(sources, labels, strict=True)):
+    for position, (source, label) in enumerate(labelled):
         try:
             images.append(_decode(source, side))
             kept.append(label)
@@ -69,7 +68,8 @@ def _read_parquet(path: Path, side: int, skipped: list[str] | None) -> tuple[np.
             f"{path} has the columns {', '.join(names)}; needed: image (encoded bytes) and label (0, 1, ...)"
         )
     table = parquet.read_table(path, columns=["image", "label"])
-    return decode_images((x.as_py() for x in table["image"]), np.asarray(table["label"]), side, skipped)
+    pairs = ((x.as_py(), int(y.as_py())) for x, y in zip(table["image"], table["label"], strict=True))
+    return decode_images(pairs, side, skipped)
 
 
 def check_labelled_images(source: str | Path) -> Path:
@@ -133,7 +133,7 @@ def read_labelled_images(
     else:
         folders = class_folders(path)
         numbered = [(path, label) for label, paths in enumerate(folders.values()) for path in paths]
-        images, labels = decode_images(*zip(*numbered, strict=True), side, skipped)
+        images, labels = decode_images(numbered, side, skipped)
     order = np.random.default_rng(seed).permutation(len(labels))
     held = max(1, round(test_share * len(labels)))
     test, train = order[:held], order[held:]

@@ -157,7 +157,7 @@ class MAFormer(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sides = to_2tuple(img_size)
+        sides: tuple[int, int] = to_2tuple(img_size)  # type: ignore[assignment]
         if len(depths) != 4 or len(dims) != 4:
             raise ValueError(f"MAFormer has four stages, got {len(depths)} depths and {len(dims)} dims")
         if min(sides) < 32 or any(side % 32 for side in sides):
@@ -198,7 +198,7 @@ class MAFormer(Backbone):
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         if num_classes:
             trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+            nn.init.zeros_(self.head.fc.bias)  # type: ignore[arg-type]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -214,7 +214,7 @@ class MAFormer(Backbone):
         Raises:
             ValueError: No multiple of 32.
         """
-        sides = to_2tuple(img_size)
+        sides: tuple[int, int] = to_2tuple(img_size)  # type: ignore[assignment]
         if min(sides) < 32 or any(side % 32 for side in sides):
             raise ValueError(f"img_size must be a multiple of 32 in both directions, got {sides[0]}x{sides[1]}")
         for stride, stage in zip(STRIDES, self.stages, strict=False):

@@ -152,7 +152,7 @@ class MSMLP(Backbone):
         )
         if num_classes:
             trunc_normal_(self.head.fc.weight, std=0.02)
-            nn.init.zeros_(self.head.fc.bias)
+            nn.init.zeros_(self.head.fc.bias)  # type: ignore[arg-type]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import clean_state_dict, generate_default_cfgs
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -71,7 +70,8 @@ class TokenStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, D, h', w')."""
         x = self.downsample(x)
-        return self.run_blocks(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        tokens = x.flatten(2).transpose(1, 2).contiguous()  # strided, every layer would be slower
+        return self.run_blocks(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class GenerationStage(Stage):
@@ -160,7 +160,7 @@ class STViTDeiT(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sides = to_2tuple(img_size)
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
         super().__init__(num_classes, in_chans, sides)
         if patch_size < 1 or any(side < patch_size or side % patch_size for side in sides):
             raise ValueError(
@@ -182,13 +182,11 @@ class STViTDeiT(Backbone):
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drops: dict[str, Any] = {"mlp_ratio": mlp_ratio, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
 
         def layers(first: int, stop: int) -> list[nn.Module]:
-            norm = partial(nn.LayerNorm, eps=1e-6)
             return [
-                Block(embed_dim, num_heads, qkv_bias=True, norm_layer=norm, drop_path=rate, **drops, **dd)
-                for rate in rates[first:stop]
+                Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate, **drops, **dd) for rate in rates[first:stop]
             ]
 
         self.stem = PatchStem(embed_dim, in_chans, patch_size, grid, **dd)

@@ -323,7 +323,7 @@ def inflate(weight: Tensor, frames: int, mode: str = "mean") -> Tensor:
         weight: Kernel of a 2-D convolution.
         frames: Length in time.
         mode: ``"mean"``: the kernel over ``frames`` at every time (authors' default), so that a clip of equal frames gives
-            what the image gives; ``"center"``: the kernel in the middle and zeros around, which sees one frame.
+            what the image gives, away from its ends; ``"center"``: the kernel in the middle and zeros around, which sees one frame.
 
     Raises:
         ValueError: Another mode, or no kernel of four dimensions.
@@ -405,6 +405,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def inflate_checkpoint(state_dict: dict[str, Any], model: UniFormerVideo, mode: str = "mean") -> dict[str, Tensor]:
     """Turn a checkpoint of an image UniFormer into a whole state dict of a clip model.
+
+    Weights that have a time dimension stay as they are, so a clip model of other classes is a start as well.
 
     Args:
         state_dict: Checkpoint of the authors' image models, or state dict of ``tokenry.vision.UniFormer``.

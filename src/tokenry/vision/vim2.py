@@ -52,8 +52,8 @@ class ViM2Block(nn.Module):
         channel_mixer: On tokens (B, L, C). None: the block has none.
         d_state: States of the token mixer.
         drop_path: Rate of stochastic depth.
-        averaged: Whether the outputs go into learned sums. Stochastic depth then leaves the channel mixer alone, as the next
-            token mixer may see nothing else.
+        averaged: Whether the outputs go into learned sums. Stochastic depth then leaves the channel mixer alone, as a stage
+            hands on the output of its last one and nothing else.
         device: Torch device.
         dtype: Torch dtype.
     """

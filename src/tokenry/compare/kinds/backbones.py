@@ -343,9 +343,7 @@ class _Bench:
             held = max(1, len(picked) // 5)
             parts["test"] += [(path, label) for path in picked[:held]]
             parts["fit"] += [(path, label) for path in picked[held:]]
-        (x, y), (test_x, test_y) = (
-            decode_images(*zip(*part, strict=True), size, self.skipped) for part in parts.values()
-        )
+        (x, y), (test_x, test_y) = (decode_images(part, size, self.skipped) for part in parts.values())
         return x, y, test_x, test_y, len(classes)
 
     def _features(self, name: str, images: np.ndarray) -> np.ndarray:

@@ -145,6 +145,8 @@ class Forecasters(Comparison):
             settings["season_length"] = season
         if demo and name in WIDE:
             settings["learning_rate"] = 1e-3
+        if demo and name == "tsm2":
+            settings |= {"d_model": 16, "d_state": 4}
         return Forecaster(
             name,
             context_length=self.setting(options, "context_length"),
