@@ -102,7 +102,8 @@ def test_search_finds_and_a_method_page_opens(page, query, slug):
     assert page.locator("#hits a").first.get_attribute("href") == f"#method-{slug}"
     page.keyboard.press("Enter")
     section = page.locator(f"section[data-view='method-{slug}']")
-    assert section.is_visible() and section.locator("pre code").first.is_visible()
+    section.wait_for(state="visible", timeout=5000)  # the view changes when the address does, a moment after the key
+    assert section.locator("pre code").first.is_visible()
     assert not page.locator("section[data-view='home']").is_visible()
 
 

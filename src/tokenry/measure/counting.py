@@ -45,7 +45,7 @@ def count_macs(model: nn.Module, *inputs: torch.Tensor) -> int:
     # the counter does not know the CPU's fused attention: have it written out as two products
     whole = sdpa_kernel(SDPBackend.MATH)
     # the counter's hooks want a graph behind every tensor that asks for a gradient, parameters handed to a module included
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asking = [p for p in getattr(model, "parameters", list)() if p.requires_grad]  # a plain function has none
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
