@@ -12,7 +12,8 @@ from tokenry.layers import ConvPosEnc, Pointwise3d
 from tokenry.measure import count_macs
 from tokenry.mixers import DividedMHRA3d, GlobalMHRA3d, LocalMHRA3d, list_mixers
 from tokenry.vision import metaformer
-from tokenry.vision.uniformer_video import GlobalBlock3d, LocalBlock3d, _ours, inflate
+from tokenry.vision.uniformer_video import _ours, inflate
+from tokenry.vision.uniformer_video_blocks import GlobalBlock3d, LocalBlock3d
 
 pytestmark = pytest.mark.method("uniformer-video")
 

@@ -21,7 +21,8 @@ from tokenry.vision import (
     uniformer_video_b,
     uniformer_video_s,
 )
-from tokenry.vision.uniformer_video import GlobalBlock3d, checkpoint_filter_fn, inflate
+from tokenry.vision.uniformer_video import checkpoint_filter_fn, inflate
+from tokenry.vision.uniformer_video_blocks import GlobalBlock3d
 
 pytestmark = pytest.mark.method("uniformer-video")
 
