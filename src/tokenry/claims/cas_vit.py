@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, NotRunnable, measures
+from tokenry.claims.small_images import paired_difference, time_over_sides, train_networks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,23 +57,6 @@ def size(context: Context) -> Measurement:
     )
 
 
-def _train(context: Context, makers: Mapping[str, Callable[[], nn.Module]]) -> dict[str, list[float]]:
-    """Test accuracies by seed of networks that differ in their mixer alone."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
-
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
-    accuracies: dict[str, list[float]] = {name: [] for name in makers}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for name, make in makers.items():
-
-            def run(make: Callable[[], nn.Module] = make, seed: int = seed) -> dict[str, float]:
-                return train_classifier(make, images, Training(epochs=EPOCHS, batch=64), seed).as_dict()
-
-            accuracies[name].append(context.session.step(f"{name}/seed{seed}", run)["accuracy"])
-    return accuracies
-
-
 def _setting() -> str:
     return f"CIFAR-10 sample (1,600 training images), {EPOCHS} epochs, {SEEDS} seeds"
 
@@ -83,7 +66,9 @@ def mixers_order(context: Context) -> Measurement:
     """One small network with each of four mixers, same data, same seeds."""
     from tokenry.vision import metaformer
 
-    accuracies = _train(context, {name: (lambda name=name: metaformer(name, **SKELETON)) for name in MIXERS})
+    accuracies = train_networks(
+        context, {name: (lambda name=name: metaformer(name, **SKELETON)) for name in MIXERS}, epochs=EPOCHS, seeds=SEEDS
+    )
     mean = {name: statistics.mean(found) for name, found in accuracies.items()}
     spread = {name: statistics.stdev(found) for name, found in accuracies.items()}
     text = ", ".join(f"{name} {mean[name]:.1f} +- {spread[name]:.1f} %" for name in MIXERS)
@@ -127,10 +112,14 @@ def gates_help(context: Context) -> Measurement:
         "no channel gate": _without(channel=True),
         "no gate": _without(spatial=True, channel=True),
     }
-    accuracies = _train(context, {name: (lambda m=mixer: metaformer(m, **SKELETON)) for name, mixer in choices.items()})
+    accuracies = train_networks(
+        context,
+        {name: (lambda m=mixer: metaformer(m, **SKELETON)) for name, mixer in choices.items()},
+        epochs=EPOCHS,
+        seeds=SEEDS,
+    )
     mean = {name: statistics.mean(found) for name, found in accuracies.items()}
-    differences = [a - b for a, b in zip(accuracies["both gates"], accuracies["no gate"], strict=True)]
-    gain, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(SEEDS)
+    gain, error = paired_difference(accuracies["both gates"], accuracies["no gate"])
     text = ", ".join(f"{name} {value:.1f} %" for name, value in mean.items())
     return Measurement(
         shows=gain > error,
@@ -146,30 +135,14 @@ def gates_help(context: Context) -> Measurement:
 @measures("cas-vit", "scaling")
 def scaling(context: Context) -> Measurement:
     """Forward time of the mixer and of self-attention over the number of tokens."""
-    import torch
-
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import fit_exponent
     from tokenry.mixers import create_mixer
 
     dim = 64
-
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        cat = create_mixer("cat", dim).to(context.device).eval()
-        attention = create_mixer("attention", dim, layout="NCHW").to(context.device).eval()
-        x = torch.randn(4, dim, side, side, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {"cat": lambda: cat(x), "attention": lambda: attention(x)},
-                repeats=5,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
+    mixers = {name: lambda side, name=name: create_mixer(name, dim, layout="NCHW") for name in ("cat", "attention")}
+    seconds = time_over_sides(context, mixers, SIDES, dim, batch=4)
     tokens = [side**2 for side in SIDES]
-    ours, theirs = ([row[name] for row in rows] for name in ("cat", "attention"))
+    ours, theirs = seconds["cat"], seconds["attention"]
     exponent, other = fit_exponent(tokens, ours), fit_exponent(tokens, theirs)
     return Measurement(
         shows=exponent < 1.5 < other,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -89,8 +91,6 @@ def linear(context: Context) -> Measurement:
 
 def _network(mixer: str) -> Any:
     """Two blocks at 8 x 8, two at 4 x 4: windows of 4 see a quarter of the first map and all of the second."""
-    from functools import partial
-
     from tokenry.mixers import ChannelGroupAttention, DualAttention, IdentityMixer, WindowAttentionMixer
     from tokenry.vision import metaformer
 
@@ -106,21 +106,9 @@ def _network(mixer: str) -> Any:
 @measures("davit", "complementary")
 def complementary(context: Context) -> Measurement:
     """One small MetaFormer with windows alone, channels alone, both, and no mixer, on the CIFAR-10 sample."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
-
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
-    accuracies: dict[str, list[float]] = {mixer: [] for mixer in MIXERS}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for mixer in MIXERS:
-
-            def run(seed: int = seed, mixer: str = mixer) -> dict[str, float]:
-                return train_classifier(
-                    lambda: _network(mixer), images, Training(epochs=EPOCHS, batch=64), seed
-                ).as_dict()
-
-            result = context.session.step(f"{mixer}/seed{seed}", run)
-            accuracies[mixer].append(result["accuracy"])
+    accuracies = train_networks(
+        context, {mixer: partial(_network, mixer) for mixer in MIXERS}, epochs=EPOCHS, seeds=SEEDS
+    )
     mean = {mixer: statistics.mean(found) for mixer, found in accuracies.items()}
     error = {mixer: statistics.stdev(found) / math.sqrt(SEEDS) for mixer, found in accuracies.items()}
     alone = max(mean["window"], mean["channel"])

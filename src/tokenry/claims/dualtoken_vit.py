@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import accuracy_chart, paired_difference, time_over_sides, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -89,50 +89,27 @@ def both_streams(context: Context) -> Measurement:
         + ", ".join(f"{name} {gap:+.1f} +- {error:.1f}" for name, (gap, error) in gaps.items())
         + " points (none may be below zero by more than its standard error)",
         details={"accuracies": found, "gaps": gaps},
-        charts=(
-            {
-                "type": "bars",
-                "title": "Test accuracy (%)",
-                "values": {name: round(mean, 2) for name, mean in means.items()},
-                "spread": {name: statistics.stdev(values) for name, values in found.items()},
-                "baseline": "no mixer",
-            },
-        ),
+        charts=(accuracy_chart(found, "no mixer"),),
     )
 
 
 @measures("dualtoken-vit", "linear")
 def linear(context: Context) -> Measurement:
     """Time of the mixer over the number of tokens, beside self-attention."""
-    import torch
-
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import fit_exponent
     from tokenry.mixers import create_mixer
 
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        mixers = {
-            name: create_mixer(name, 64, layout="NCHW").to(context.device).eval()
-            for name in ("dual_token", "attention")
-        }
-        x = torch.randn(1, 64, side, side, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {name: partial(mixer, x) for name, mixer in mixers.items()},
-                repeats=5,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
+    mixers = {
+        name: lambda side, name=name: create_mixer(name, 64, layout="NCHW") for name in ("dual_token", "attention")
+    }
+    seconds = time_over_sides(context, mixers, SIDES, 64)
     tokens = [side**2 for side in SIDES]
-    exponents = {name: fit_exponent(tokens, [row[name] for row in rows]) for name in rows[0]}
+    exponents = {name: fit_exponent(tokens, found) for name, found in seconds.items()}
     return Measurement(
         shows=exponents["dual_token"] < 1.25 and exponents["attention"] > exponents["dual_token"] + 0.4,
         value=round(exponents["dual_token"], 2),
         baseline=round(exponents["attention"], 2),
         sentence=f"time grows as N^{exponents['dual_token']:.2f} for dual tokens and N^{exponents['attention']:.2f} for "
         "self-attention at 64 channels (must be below 1.25, and 0.4 below attention's)",
-        details={"tokens": tokens, "seconds": rows},
+        details={"tokens": tokens, "seconds": seconds},
     )

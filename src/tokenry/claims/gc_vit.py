@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import paired_difference, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -120,28 +121,14 @@ def _network(global_query: bool, fused_down: bool) -> Any:
 
 def _compare(context: Context, networks: dict[str, tuple[bool, bool]]) -> dict[str, list[float]]:
     """Accuracies over the seeds for each network: (global query, fused downsampling)."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
-
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
-    accuracies: dict[str, list[float]] = {name: [] for name in networks}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for name, parts in networks.items():
-
-            def run(seed: int = seed, parts: tuple[bool, bool] = parts) -> dict[str, float]:
-                return train_classifier(
-                    lambda: _network(*parts), images, Training(epochs=EPOCHS, batch=64), seed
-                ).as_dict()
-
-            accuracies[name].append(context.session.step(f"{name}/seed{seed}", run)["accuracy"])
-    return accuracies
+    makers = {name: partial(_network, *parts) for name, parts in networks.items()}
+    return train_networks(context, makers, epochs=EPOCHS, seeds=SEEDS)
 
 
 def _report(accuracies: dict[str, list[float]], rule: str) -> Measurement:
     """The first network against the second; it must not be below it."""
     (name, ours), (other, theirs) = accuracies.items()
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(SEEDS)
+    mean, error = paired_difference(ours, theirs)
     return Measurement(
         shows=mean >= 0,
         value=round(statistics.mean(ours), 2),
@@ -149,7 +136,7 @@ def _report(accuracies: dict[str, list[float]], rule: str) -> Measurement:
         spread=round(statistics.stdev(ours), 2),
         sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {name} {statistics.mean(ours):.1f} %, {other} "
         f"{statistics.mean(theirs):.1f} %, difference {mean:+.1f} +- {error:.1f} points ({rule})",
-        details={**accuracies, "differences": differences},
+        details=dict(accuracies),
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import accuracy_chart, paired_difference, time_over_sides, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -76,52 +76,34 @@ def fusion_helps(context: Context) -> Measurement:
         + ", ".join(f"{name} {gap:+.1f} +- {error:.1f}" for name, (gap, error) in gaps.items())
         + " points (none may be below zero by more than its standard error)",
         details={"accuracies": found, "gaps": gaps},
-        charts=(
-            {
-                "type": "bars",
-                "title": "Test accuracy (%)",
-                "values": {name: round(mean, 2) for name, mean in means.items()},
-                "spread": {name: statistics.stdev(values) for name, values in found.items()},
-                "baseline": "no mixer",
-            },
-        ),
+        charts=(accuracy_chart(found, "no mixer"),),
     )
 
 
 @measures("maformer", "cost")
 def cost(context: Context) -> Measurement:
     """Parameters of the overview, and the mixer's time over the tokens beside window attention's."""
-    import torch
-
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import fit_exponent
     from tokenry.mixers import create_mixer
     from tokenry.mixers.maf import GLD
 
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        mixers = {
-            "maf": create_mixer("maf", 32, input_size=(side, side)).to(context.device).eval(),
-            "window_attention": create_mixer("window_attention", 32).to(context.device).eval(),
-        }
-        x = torch.randn(1, side, side, 32, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {name: partial(mixer, x) for name, mixer in mixers.items()},
-                repeats=5,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
+    seconds = time_over_sides(
+        context,
+        {
+            "maf": lambda side: create_mixer("maf", 32, layout="NCHW", input_size=(side, side)),
+            "window_attention": lambda side: create_mixer("window_attention", 32, layout="NCHW"),
+        },
+        SIDES,
+        32,
+    )
     params = GLD(64, (56, 56), device="meta").fc.weight.numel() / 1e6
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
     tokens = [side**2 for side in SIDES]
-    exponents = {name: fit_exponent(tokens, [row[name] for row in rows]) for name in rows[0]}
+    exponents = {name: fit_exponent(tokens, found) for name, found in seconds.items()}
     return Measurement(
         shows=abs(params - 4.9) < 0.05 and exponents["maf"] > exponents["window_attention"] + 0.1,
         value=round(params, 2),
         baseline=4.9,
         sentence=f"the overview's matrix at 56x56 tokens has {params:.2f} M parameters (must be 4.9); time grows as "
         f"N^{exponents['maf']:.2f}, window attention's as N^{exponents['window_attention']:.2f} (must be less by over 0.1)",
-        details={"tokens": tokens, "seconds": rows},
+        details={"tokens": tokens, "seconds": seconds},
     )

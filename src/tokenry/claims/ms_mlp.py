@@ -7,7 +7,13 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import count_against, paired_difference, train_networks
+from tokenry.claims.small_images import (
+    accuracy_chart,
+    count_against,
+    paired_difference,
+    time_over_sides,
+    train_networks,
+)
 
 SEEDS = 3
 EPOCHS = 6
@@ -64,49 +70,27 @@ def shifts_and_kernels(context: Context) -> Measurement:
         + f"; mix-shift over no mixer {gain:+.1f} +- {error:.1f} points (must exceed two standard errors); the shifts add "
         f"{shift:+.1f} +- {shift_error:.1f} to the kernels (reported)",
         details=found,
-        charts=(
-            {
-                "type": "bars",
-                "title": "Test accuracy (%)",
-                "values": {name: round(mean, 2) for name, mean in means.items()},
-                "spread": {name: statistics.stdev(values) for name, values in found.items()},
-                "baseline": "no mixer",
-            },
-        ),
+        charts=(accuracy_chart(found, "no mixer"),),
     )
 
 
 @measures("ms-mlp", "linear")
 def linear(context: Context) -> Measurement:
     """Time of the mixer over the number of tokens, beside self-attention."""
-    import torch
-
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import fit_exponent
     from tokenry.mixers import create_mixer
 
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        mixers = {
-            name: create_mixer(name, 64, layout="NCHW").to(context.device).eval() for name in ("mix_shift", "attention")
-        }
-        x = torch.randn(1, 64, side, side, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {name: partial(mixer, x) for name, mixer in mixers.items()},
-                repeats=3 if side > 64 else 7,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
+    mixers = {
+        name: lambda side, name=name: create_mixer(name, 64, layout="NCHW") for name in ("mix_shift", "attention")
+    }
+    seconds = time_over_sides(context, mixers, SIDES, 64)
     tokens = [side**2 for side in SIDES]
-    exponents = {name: fit_exponent(tokens, [row[name] for row in rows]) for name in rows[0]}
+    exponents = {name: fit_exponent(tokens, found) for name, found in seconds.items()}
     return Measurement(
         shows=exponents["mix_shift"] < 1.25 < 1.75 < exponents["attention"],
         value=round(exponents["mix_shift"], 2),
         baseline=round(exponents["attention"], 2),
         sentence=f"time grows as N^{exponents['mix_shift']:.2f} for mix-shift and N^{exponents['attention']:.2f} for "
         "self-attention at 64 channels (must be below 1.25 and above 1.75)",
-        details={"tokens": tokens, "seconds": rows},
+        details={"tokens": tokens, "seconds": seconds},
     )

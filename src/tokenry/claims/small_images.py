@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context
@@ -16,7 +17,7 @@ from tokenry.claims.registry import Context
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["count_against", "paired_difference", "train_networks"]
+__all__ = ["accuracy_chart", "count_against", "paired_difference", "time_over_sides", "train_networks"]
 
 
 def train_networks(
@@ -58,6 +59,60 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def accuracy_chart(found: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any]:
+    """Bars of the mean test accuracies of ``train_networks`` with their spread over seeds, for ``Measurement.charts``."""
+    return {
+        "type": "bars",
+        "title": "Test accuracy (%)",
+        "values": {name: round(statistics.mean(values), 2) for name, values in found.items()},
+        "spread": {name: statistics.stdev(values) for name, values in found.items()},
+        "baseline": baseline,
+    }
+
+
+def time_over_sides(
+    context: Context,
+    mixers: Mapping[str, Callable[[int], nn.Module]],
+    sides: Sequence[int],
+    dim: int,
+    *,
+    batch: int = 1,
+    repeats: int = 5,
+) -> dict[str, list[float]]:
+    """Seconds of mixers on square maps of growing sides, turn by turn, a resumable step per side.
+
+    Args:
+        context: The claim's.
+        mixers: Name to what makes the mixer for maps of a side; it takes (B, C, H, W).
+        sides: Sides of the maps.
+        dim: Channels C.
+        batch: Maps B.
+        repeats: Timed turns of each.
+
+    Returns:
+        Name to the seconds, one per side.
+    """
+    import torch
+
+    from tokenry.measure import interleave
+
+    def times(side: int) -> dict[str, float]:
+        torch.manual_seed(context.seed)
+        made = {name: make(side).to(context.device).eval() for name, make in mixers.items()}
+        x = torch.randn(batch, dim, side, side, device=context.device)
+        with torch.inference_mode():
+            measured = interleave(
+                {name: partial(mixer, x) for name, mixer in made.items()},
+                repeats=repeats,
+                device=context.device,
+                min_seconds=0.02,
+            )
+        return {name: timing.median for name, timing in measured.items()}
+
+    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in sides]
+    return {name: [row[name] for row in rows] for name in mixers}
 
 
 def count_against(

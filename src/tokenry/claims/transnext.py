@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import paired_difference, train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -287,42 +287,21 @@ def _channel_mixer(dim: int, kind: str = "conv_glu") -> Any:
     return ConvGLU(dim, (3 * width + 1) // 2)
 
 
-def _accuracies(context: Context, networks: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Test accuracy in percent of each network, per seed."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
-
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
-    found: dict[str, list[float]] = {name: [] for name in networks}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for name, make in networks.items():
-
-            def run(seed: int = seed, make: Callable[[], Any] = make) -> dict[str, float]:
-                return train_classifier(make, images, Training(epochs=EPOCHS, batch=64), seed).as_dict()
-
-            found[name].append(context.session.step(f"{name}/seed{seed}", run)["accuracy"])
-    return found
-
-
-def _difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Mean of the paired differences and its standard error."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-
-
 @measures("transnext", "both-kinds-of-keys")
 def both_kinds_of_keys(context: Context) -> Measurement:
     """Neighbours and pooled positions, against each alone, in the same network."""
-    found = _accuracies(
+    found = train_networks(
         context,
         {
             keys: lambda keys=keys: _network(lambda dim: _aggregated(dim, keys), _channel_mixer)
             for keys in ("both", "neighbours", "pooled")
         },
+        epochs=EPOCHS,
+        seeds=SEEDS,
     )
     means = {name: statistics.mean(values) for name, values in found.items()}
-    to_near, near_error = _difference(found["both"], found["neighbours"])
-    to_far, far_error = _difference(found["both"], found["pooled"])
+    to_near, near_error = paired_difference(found["both"], found["neighbours"])
+    to_far, far_error = paired_difference(found["both"], found["pooled"])
     return Measurement(
         shows=min(to_near, to_far) >= 0.0,
         value=round(means["both"], 2),
@@ -338,17 +317,19 @@ def both_kinds_of_keys(context: Context) -> Measurement:
 @measures("transnext", "conv-glu")
 def conv_glu(context: Context) -> Measurement:
     """ConvGLU, GLU and MLP of equal parameters under the same mixer."""
-    found = _accuracies(
+    found = train_networks(
         context,
         {
             kind: lambda kind=kind: _network(_aggregated, lambda dim: _channel_mixer(dim, kind))
             for kind in ("conv_glu", "glu", "mlp")
         },
+        epochs=EPOCHS,
+        seeds=SEEDS,
     )
     sizes = {kind: sum(p.numel() for dim in DIMS for p in _channel_mixer(dim, kind).parameters()) for kind in found}
     means = {name: statistics.mean(values) for name, values in found.items()}
-    to_glu, glu_error = _difference(found["conv_glu"], found["glu"])
-    to_mlp, mlp_error = _difference(found["glu"], found["mlp"])
+    to_glu, glu_error = paired_difference(found["conv_glu"], found["glu"])
+    to_mlp, mlp_error = paired_difference(found["glu"], found["mlp"])
     return Measurement(
         shows=min(to_glu, to_mlp) >= 0.0,
         value=round(means["conv_glu"], 2),
