@@ -69,10 +69,13 @@ class GoldenCase:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Stored inputs, and those that a rule ``normal(seed, shape)`` makes again."""
+        """Stored inputs, and those that are made again from a seed and a shape, in either of the two ways to write it."""
         found = {k.removeprefix("in."): v for k, v in self._tensors.items() if k.startswith("in.")}
+        rules = {name: rule["normal"] for name, rule in self.spec.get("generated_inputs", {}).items()}
         for name, rule in self.spec.get("input_rules", {}).items():
             seed, *shape = map(int, re.findall(r"\d+", rule))
+            rules[name] = seed, shape
+        for name, (seed, shape) in rules.items():
             found[name] = torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
         return found
 

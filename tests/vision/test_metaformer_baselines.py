@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -28,14 +27,6 @@ from tokenry.mixers import (
 from tokenry.vision import MetaFormerBlock, convert_in21k_head, load_checkpoint
 
 pytestmark = pytest.mark.method("metaformer-baselines")
-
-
-def images(case: GoldenCase) -> torch.Tensor:
-    """The case's stored input, or the one that its rule ``normal(seed, shape)`` makes."""
-    if "x" in case.inputs:
-        return case.inputs["x"]
-    seed, *shape = map(int, re.findall(r"\d+", case.spec["input_rules"]["x"]))
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 @pytest.mark.golden
@@ -101,7 +92,7 @@ def test_golden_model(name, record_property):
     case = GoldenCase("metaformer-baselines", name)
     net = load_checkpoint(timm.create_model(name.rsplit("_", 1)[0]).eval(), case.state_dict())
     assert sum(p.numel() for p in net.parameters()) == case.spec["params"]
-    case.compare("logits", net(images(case)))
+    case.compare("logits", net(case.inputs["x"]))
     record_property("error", case.worst)
 
 
@@ -116,7 +107,7 @@ def test_golden_model_from_the_builder(name, mixers):
 
     case = GoldenCase("metaformer-baselines", name)
     net = metaformer(mixers, (3, 3, 9, 3), head="mlp").eval()
-    case.compare("logits", load_checkpoint(net, case.state_dict())(images(case)))
+    case.compare("logits", load_checkpoint(net, case.state_dict())(case.inputs["x"]))
 
 
 S12, M = (11_891_712, 21_341_464, 30_791_216), (56_077_168, 73_346_056)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,14 +17,6 @@ from tokenry.mixers import PoolingMixer, SpatialFCMixer
 from tokenry.vision import MetaFormerBlock, load_checkpoint, metaformer, poolformer
 
 pytestmark = pytest.mark.method("poolformer")
-
-
-def images(case: GoldenCase) -> torch.Tensor:
-    """The case's stored input, or the one that its rule ``normal(seed, shape)`` makes."""
-    if "x" in case.inputs:
-        return case.inputs["x"]
-    seed, *shape = map(int, re.findall(r"\d+", case.spec["input_rules"]["x"]))
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def slow_pooling(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -75,7 +65,7 @@ def test_golden_model(name, model, record_property):
     case = GoldenCase("poolformer", name)
     net = load_checkpoint(timm.create_model(model).eval(), case.state_dict())
     assert sum(p.numel() for p in net.parameters()) == case.spec["params"]
-    case.compare("logits", net(images(case)))
+    case.compare("logits", net(case.inputs["x"]))
     record_property("error", case.worst)
 
 
