@@ -39,32 +39,68 @@ MODELS = [
     ("metaformer-baselines", "caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
     ("metaformer-baselines", "built_convformer_s18", "metaformer", "metaformer_baselines", "convformer_s18"),
     ("metaformer-baselines", "built_caformer_s18", "metaformer", "metaformer_baselines", "caformer_s18"),
-    ("cas-vit", "cas_vit_xs", "CAS-ViT", "classification.model.rcvit", "rcvit_xs"),
-    (
-        "efficientvim",
-        "tokenry_efficientvim_m1",
-        "EfficientViM",
-        "classification.models.EfficientViM",
-        "EfficientViM_M1",
+    *(
+        ("cas-vit", f"cas_vit_{size}", "CAS-ViT", "classification.model.rcvit", f"rcvit_{size}")
+        for size in ("xs", "s", "m", "t")
     ),
-    ("transnext", "transnext_micro", "TransNeXt/classification", "transnext", "transnext_micro"),
-    ("uniformer", "uniformer_small", "UniFormer/image_classification", "models.uniformer", "uniformer_small"),
-    ("uniformer", "uniformer_xxs", "UniFormer/image_classification", "models.uniformer_light", "uniformer_xxs"),
-    ("stvit", "stvit_small", "STViT", "models.stvit", "stvit_small"),
-    ("stvit-r", "stvit_r_swin_small", "STViT-R", "models.swin_transformer", "SwinTransformer"),
-    ("ms-mlp", "ms_mlp_tiny", "MS-MLP", "models.ms_mlp", "MS_MLP"),
-    ("t2t-vit", "t2t_vit_7", "T2T-ViT", "models.t2t_vit", "t2t_vit_7"),
-    ("t2t-vit", "t2t_vit_t_14", "T2T-ViT", "models.t2t_vit", "t2t_vit_t_14"),
-    ("davit", "davit_tiny", "davit/timm", "models.davit", "DaViT_tiny"),  # ours is timm's of today
+    *(
+        (
+            "efficientvim",
+            f"tokenry_efficientvim_m{i}",
+            "EfficientViM",
+            "classification.models.EfficientViM",
+            f"EfficientViM_M{i}",
+        )
+        for i in (1, 2, 3, 4)
+    ),
+    *(
+        ("transnext", f"transnext_{size}", "TransNeXt/classification", "transnext", f"transnext_{size}")
+        for size in ("micro", "tiny", "small", "base")
+    ),
+    ("transnext", "transnext_micro_aaaa", "TransNeXt/classification", "transnext", "transnext_micro_AAAA"),
+    *(
+        ("uniformer", f"uniformer_{size}", "UniFormer/image_classification", "models.uniformer", f"uniformer_{size}")
+        for size in ("small", "small_plus", "small_plus_dim64", "base", "base_ls")
+    ),
+    *(
+        (
+            "uniformer",
+            f"uniformer_{size}",
+            "UniFormer/image_classification",
+            "models.uniformer_light",
+            f"uniformer_{size}",
+        )
+        for size in ("xxs", "xs")
+    ),
+    *(("stvit", f"stvit_{size}", "STViT", "models.stvit", f"stvit_{size}") for size in ("small", "base", "large")),
+    *(
+        ("stvit-r", f"stvit_r_swin_{size}", "STViT-R", "models.swin_transformer", "SwinTransformer")
+        for size in ("small", "base")
+    ),
+    *(("ms-mlp", f"ms_mlp_{size}", "MS-MLP", "models.ms_mlp", "MS_MLP") for size in ("tiny", "small", "base")),
+    *(
+        ("t2t-vit", f"t2t_vit_{size}", "T2T-ViT", "models.t2t_vit", f"t2t_vit_{size}")
+        for size in ("7", "10", "12", "14", "19", "24", "t_14", "t_19", "t_24", "14_resnext", "14_wide")
+    ),
+    # ours is timm's of today
+    *(("davit", f"davit_{size}", "davit/timm", "models.davit", f"DaViT_{size}") for size in ("tiny", "small", "base")),
 ]
 # Keywords of the authors' constructor, and of ours, where the defaults differ: our model's name -> (theirs, ours).
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ms_mlp_tiny": ({"depths": (3, 3, 9, 3), "mix_size": KERNEL_SIZES}, {}),
+    "ms_mlp_small": ({"depths": (3, 3, 27, 3), "mix_size": KERNEL_SIZES}, {}),
+    "ms_mlp_base": ({"embed_dim": 128, "depths": (3, 3, 27, 3), "mix_size": KERNEL_SIZES}, {}),
     "stvit_r_swin_small": (
         {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "use_global": False},
         {},
     ),
-    "stvit_small": ({"args": types.SimpleNamespace(drop=0.0, drop_path=0.0)}, {}),
+    "stvit_r_swin_base": (
+        {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "use_global": False},
+        {},
+    ),
+} | {
+    f"stvit_{size}": ({"args": types.SimpleNamespace(drop=0.0, drop_path=0.0)}, {})
+    for size in ("small", "base", "large")
 }
 BUILT = {  # timm has models of these names; the same ones from our builder
     "built_convformer_s18": "sep_conv",

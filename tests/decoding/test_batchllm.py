@@ -30,8 +30,8 @@ from tokenry.decoding import (
     simulate,
     simulate_lru,
 )
+from tokenry.decoding.batching.packed_attention import PackedAttention, SlotPool
 from tokenry.decoding.batchllm import parse_memory
-from tokenry.decoding.packed_attention import PackedAttention, SlotPool
 
 pytestmark = pytest.mark.method("batchllm")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tokenry.decoding import DraftTree, PassLatency, accept_greedy, accept_walk, explain_difference, pass_latency
-from tokenry.decoding.draft_cache import DraftCache
-from tokenry.decoding.latency import cache_folder
+from tokenry.decoding.engine.draft_cache import DraftCache
+from tokenry.decoding.engine.latency import cache_folder
 from tokenry.kernels import TreeMask, compact_path, compact_rows, tree_mask
 from tokenry.layers.cache_argument import CACHE
 

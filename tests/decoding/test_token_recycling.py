@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from golden_case import GoldenCase, golden_cases
 from tokenry.decoding import TREE_80, DraftTree, PassLatency, TokenRecycling, TokenRecyclingMatrix
+from tokenry.decoding.engine.tree_size import TreeSizes
 from tokenry.decoding.token_recycling import AUTO_NODES, by_use
-from tokenry.decoding.tree_size import TreeSizes
 
 pytestmark = pytest.mark.method("token-recycling")
 

@@ -3,10 +3,10 @@
 Zheng et al., "BatchLLM: Optimizing Large Batched LLM Inference with Global Prefix Sharing and Throughput-oriented Token
 Batching", 2024, arXiv:2412.03594.
 
-    plan       groups of requests with one shared prefix each, most tokens saved          tokenry.decoding.prefix_groups
+    plan       groups of requests with one shared prefix each, most tokens saved          tokenry.decoding.batching.prefix_groups
     schedule   groups as units, those that decode longest for their prompts first; passes of one token per decoding
-               request and chunks of prompts, bounded by key-value memory                 tokenry.decoding.token_batching
-    pass       all pieces in a row; attention over prefix and own tokens merged exactly   tokenry.decoding.packed_attention
+               request and chunks of prompts, bounded by key-value memory                 tokenry.decoding.batching.token_batching
+    pass       all pieces in a row; attention over prefix and own tokens merged exactly   tokenry.decoding.batching.packed_attention
 
 The text of a request is what it would be alone: this is scheduling only.
 """
@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from tokenry.decoding.packed_attention import PackedAttention, PackedPass, SlotPool
-from tokenry.decoding.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
-from tokenry.decoding.stopping import RowStopping
-from tokenry.decoding.token_batching import BatchStats, Piece, TokenBatcher
+from tokenry.decoding.batching.packed_attention import PackedAttention, PackedPass, SlotPool
+from tokenry.decoding.batching.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
+from tokenry.decoding.batching.token_batching import BatchStats, Piece, TokenBatcher
+from tokenry.decoding.engine.stopping import RowStopping
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -4,7 +4,7 @@ Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2
 the draft model: Chen et al., 2024, arXiv:2405.18628.
 
     draft      K tokens that the draft model writes greedily behind the committed text, with any strategy of its own
-    verify     a chain of K nodes in one pass of the target (``tokenry.decoding.acceptance``)
+    verify     a chain of K nodes in one pass of the target (``tokenry.decoding.engine.acceptance``)
     rewind     the draft's cache keeps what the target accepted; the rest of its tokens is forgotten, nothing is run again
 
 The draft writes K + 1 tokens, so that its cache holds all K when the target accepts them all. It is deterministic: greedy
@@ -20,20 +20,15 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from tokenry.decoding.acceptance import accept_greedy
-from tokenry.decoding.decoder_blocks import output_size
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.engine import (
-    DecodingState,
-    DraftStrategy,
-    KeptScores,
-    Proposal,
-    check_decoding,
-    commit,
-    start_decoding,
-)
-from tokenry.decoding.statistics import DecodingStats
-from tokenry.decoding.stopping import RowStopping
+from tokenry.decoding.engine.acceptance import accept_greedy
+from tokenry.decoding.engine.decoder_blocks import output_size
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.loop import check_decoding, commit, start_decoding
+from tokenry.decoding.engine.output import KeptScores
+from tokenry.decoding.engine.state import DecodingState, Proposal
+from tokenry.decoding.engine.statistics import DecodingStats
+from tokenry.decoding.engine.stopping import RowStopping
+from tokenry.decoding.engine.strategy import DraftStrategy
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:

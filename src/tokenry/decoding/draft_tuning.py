@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenry.decoding.latency import PassLatency, measure_passes
+from tokenry.decoding.engine.latency import PassLatency, measure_passes
 from tokenry.decoding.nested_exits import NestedRun
 from tokenry.decoding.s2d import SortedDraft, SortedSpeculative, check_pair
 from tokenry.measure.timing import Timing, interleave

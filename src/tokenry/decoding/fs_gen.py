@@ -33,11 +33,13 @@ from torch.nn import functional as F
 
 from tokenry.decoding.collaboration import CollaborationTrace
 from tokenry.decoding.collaboration_router import Router
-from tokenry.decoding.decoder_blocks import output_size
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.engine import DecodingOutput, DecodingState, DraftStrategy, Proposal
-from tokenry.decoding.passes import Passes
-from tokenry.decoding.row_reader import RowReader, check_reader
+from tokenry.decoding.engine.decoder_blocks import output_size
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.output import DecodingOutput
+from tokenry.decoding.engine.passes import Passes
+from tokenry.decoding.engine.row_reader import RowReader, check_reader
+from tokenry.decoding.engine.state import DecodingState, Proposal
+from tokenry.decoding.engine.strategy import DraftStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor
 
+from tokenry.decoding.engine.row_reader import RowReader, check_reader
 from tokenry.decoding.fs_gen import fuse_contrastive, fuse_proxy
-from tokenry.decoding.row_reader import RowReader, check_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

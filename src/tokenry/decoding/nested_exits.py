@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from tokenry.decoding.decoder_blocks import decoder_blocks
+from tokenry.decoding.engine.decoder_blocks import decoder_blocks
 from tokenry.layers.cache_argument import CACHE
 
 __all__ = ["ModelPart", "NestedRun", "with_layers"]

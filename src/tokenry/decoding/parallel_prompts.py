@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenry.decoding.branches import Branches
+from tokenry.decoding.engine.branches import Branches
 from tokenry.decoding.prompt_tree import TOP_K
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ arXiv:2405.18628.
     training            loss = 1/m sum_j 0.8^(j-1) KL(model's distribution after j greedy tokens || P_j's)
 
 Prompt tokens are nodes that nothing looks at but other prompt tokens, so they cannot change the text
-(``tokenry.decoding.acceptance``); which guesses stand in the trees is ``tokenry.decoding.tree_search``.
+(``tokenry.decoding.engine.acceptance``); which guesses stand in the trees is ``tokenry.decoding.tree_search``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenry.decoding.acceptance import Accepted
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.engine import DecodingState, DraftStrategy, Proposal
-from tokenry.decoding.latency import pass_latency
+from tokenry.decoding.engine.acceptance import Accepted
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.latency import pass_latency
+from tokenry.decoding.engine.state import DecodingState, Proposal
+from tokenry.decoding.engine.strategy import DraftStrategy
 from tokenry.decoding.parallel_prompts import ParallelPrompts
 from tokenry.decoding.prompt_budget import PromptBudget
 from tokenry.decoding.prompt_tree import TOP_K, PromptTree, checked_trees

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from statistics import median
 
-from tokenry.decoding.latency import PassLatency
+from tokenry.decoding.engine.latency import PassLatency
+from tokenry.decoding.engine.tree_size import BATCH_MARGIN, MARGIN, MEMORY
 from tokenry.decoding.tree_search import BUDGETS, SparseTrees, expected_speed, sparse_trees
-from tokenry.decoding.tree_size import BATCH_MARGIN, MARGIN, MEMORY
 
 __all__ = ["PromptBudget"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokenry.decoding.draft_tree import DraftTree
+from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.decoding.tree_search import SparseNode, SparseTrees
 
 __all__ = ["TOP_K", "PromptTree", "checked_trees"]

@@ -12,7 +12,7 @@ arXiv:2407.01955. Sorted fine-tuning: Kavehzadeh et al., "Sorted LLaMA", 2023, a
 The targets are left as they are: one draft serves all that share its vocabulary, each with thresholds tau and a K of its
 own (``tokenry.decoding.draft_tuning``). Keys and values of tokens that left early are caught up on when a later token
 goes deeper (``tokenry.decoding.nested_exits``). The draft is deterministic, so sampled text keeps the target's
-distribution too (``tokenry.decoding.acceptance``).
+distribution too (``tokenry.decoding.engine.acceptance``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from tokenry.assets import model_path
-from tokenry.decoding.acceptance import Accepted
-from tokenry.decoding.decoder_blocks import decoder_blocks, output_size
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.engine import DecodingState, DraftStrategy, Proposal
+from tokenry.decoding.engine.acceptance import Accepted
+from tokenry.decoding.engine.decoder_blocks import decoder_blocks, output_size
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.row_reader import check_reader
+from tokenry.decoding.engine.state import DecodingState, Proposal
+from tokenry.decoding.engine.strategy import DraftStrategy
 from tokenry.decoding.nested_exits import ModelPart, NestedRun, with_layers
-from tokenry.decoding.row_reader import check_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

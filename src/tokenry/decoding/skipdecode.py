@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenry.decoding.decoder_blocks import decoder_blocks
+from tokenry.decoding.engine.decoder_blocks import decoder_blocks
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:

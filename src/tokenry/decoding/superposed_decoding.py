@@ -28,9 +28,9 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from tokenry.decoding.engine.statistics import DecodingStats
+from tokenry.decoding.engine.stopping import RowStopping
 from tokenry.decoding.ngram_model import NGramModel
-from tokenry.decoding.statistics import DecodingStats
-from tokenry.decoding.stopping import RowStopping
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ arXiv:2408.08696.
     after a pass   A[token(i)] = topk(logits_i, k) for every node i of the tree, the rejected ones too
 
 No training, no second model: the tree's shape is fixed, its tokens are looked up, and the model's own discarded
-candidates keep the table fresh. The text is the model's own (``tokenry.decoding.acceptance``).
+candidates keep the table fresh. The text is the model's own (``tokenry.decoding.engine.acceptance``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenry.decoding.acceptance import Accepted
-from tokenry.decoding.decoder_blocks import output_size
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.engine import DecodingState, DraftStrategy, Proposal
-from tokenry.decoding.latency import pass_latency
-from tokenry.decoding.tree_size import TreeSizes
+from tokenry.decoding.engine.acceptance import Accepted
+from tokenry.decoding.engine.decoder_blocks import output_size
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.latency import pass_latency
+from tokenry.decoding.engine.state import DecodingState, Proposal
+from tokenry.decoding.engine.strategy import DraftStrategy
+from tokenry.decoding.engine.tree_size import TreeSizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

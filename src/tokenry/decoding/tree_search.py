@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenry.decoding.latency import PassLatency, pass_latency
+from tokenry.decoding.engine.latency import PassLatency, pass_latency
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tokenry.decoding.draft_cache import DraftCache
+from tokenry.decoding.engine.draft_cache import DraftCache
 from tokenry.layers.cache_argument import CACHE
 
 __all__ = ["Branches"]

@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 if TYPE_CHECKING:
-    from tokenry.decoding.engine import DecodingState
+    from tokenry.decoding.engine.state import DecodingState
 
 __all__ = ["RowProcessors", "RowStopping"]
 

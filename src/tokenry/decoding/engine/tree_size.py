@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.latency import PassLatency
+from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.latency import PassLatency
 
 __all__ = ["PassCosts", "TreeSizes"]
 

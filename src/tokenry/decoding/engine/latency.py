@@ -19,8 +19,8 @@ import platformdirs
 import torch
 from transformers import DynamicCache
 
-from tokenry.decoding.draft_cache import DraftCache
-from tokenry.decoding.draft_tree import DraftTree
+from tokenry.decoding.engine.draft_cache import DraftCache
+from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.layers.cache_argument import CACHE
 from tokenry.measure.machine import describe_machine
 

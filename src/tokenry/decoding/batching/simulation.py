@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenry.decoding.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
-from tokenry.decoding.token_batching import BatchStats, Piece, TokenBatcher
+from tokenry.decoding.batching.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
+from tokenry.decoding.batching.token_batching import BatchStats, Piece, TokenBatcher
 
 __all__ = ["PassCost", "simulate", "simulate_lru"]
 

@@ -1,7 +1,7 @@
 """Decode with drafts: the loop that verifies any proposer's tree in one pass of the model per step.
 
     pass:    nodes of the tree, at positions (root's position + depth), look at the cache and at their own ancestors
-    accept:  which nodes the model itself would have produced (``tokenry.decoding.acceptance``)
+    accept:  which nodes the model itself would have produced (``tokenry.decoding.engine.acceptance``)
     commit:  clip at stop tokens and budget, move the accepted keys and values to the front, go on from the bonus token
 
     invariant before a pass: the cache holds every committed token of a row except its last one, the root
@@ -14,202 +14,27 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from tokenry.decoding.acceptance import Accepted, accept_greedy, accept_walk
-from tokenry.decoding.draft_cache import DraftCache
-from tokenry.decoding.draft_tree import DraftTree
-from tokenry.decoding.passes import Passes
-from tokenry.decoding.statistics import DecodingStats
-from tokenry.decoding.stopping import RowProcessors, RowStopping
+from tokenry.decoding.engine.acceptance import Accepted, accept_greedy, accept_walk
+from tokenry.decoding.engine.draft_cache import DraftCache
+from tokenry.decoding.engine.output import DecodingOutput, KeptScores
+from tokenry.decoding.engine.state import DecodingState
+from tokenry.decoding.engine.stopping import RowProcessors, RowStopping
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
-__all__ = [
-    "DecodingOutput",
-    "DecodingState",
-    "DraftStrategy",
-    "KeptScores",
-    "Proposal",
-    "check_decoding",
-    "commit",
-    "start_decoding",
-]
+    from tokenry.decoding.engine.strategy import DraftStrategy
 
-
-@dataclass
-class DecodingOutput(GenerateDecoderOnlyOutput):
-    """What ``generate`` returns with ``return_dict_in_generate=True``: the library's fields and the counts."""
-
-    decoding_stats: DecodingStats | None = None
-
-
-@dataclass
-class Proposal:
-    """A draft for the next pass.
-
-    Attributes:
-        tree: Its structure, the same for all rows.
-        tokens: ``(B, T)``, the root's first. A node that a row does not use may hold any valid token.
-        candidates: ``(B, T)`` bool: False where a row has no candidate. None: the tree's own marks.
-        draft_probs: ``(B, T, V)``: the distribution that each node's token was drawn from, for speculative sampling.
-            None where the draft is deterministic.
-        embeds: ``(B, T, H)``: fed instead of ``tokens`` (soft prompt tokens, for example).
-    """
-
-    tree: DraftTree
-    tokens: Tensor
-    candidates: Tensor | None = None
-    draft_probs: Tensor | None = None
-    embeds: Tensor | None = None
-
-
-@dataclass
-class DecodingState:
-    """What a proposer may read.
-
-    Attributes:
-        model: The target model.
-        ids: ``(B, capacity)`` tokens; row b's are ``ids[b, : lengths[b]]``, left padding included.
-        lengths: Tokens of each row, the root included.
-        prompt_length: Width of the prompt.
-        root: ``(B, 1)`` the last committed tokens.
-        finished: Rows that are done.
-        budget: Length that no row may exceed.
-        cache: The engine's cache, which holds all but the root.
-        do_sample: Whether tokens are drawn.
-        last: Decisions of the pass before; None before the first.
-        stats: Counts so far.
-    """
-
-    model: PreTrainedModel
-    ids: Tensor
-    lengths: list[int]
-    prompt_length: int
-    root: Tensor
-    finished: list[bool]
-    budget: int
-    cache: DraftCache
-    do_sample: bool
-    logits_processor: Any  # a LogitsProcessorList
-    generation_config: GenerationConfig
-    start: Tensor | None  # (B,) left padding of each row; None: no row has any
-    position: Tensor  # (B, 1) position of the root
-    before: int  # cached positions that stand before ids (0 unless a cache was handed over without its tokens)
-    pad: int
-    last: Accepted | None = None
-    stats: DecodingStats = field(default_factory=DecodingStats)
-
-    @property
-    def batch_size(self) -> int:
-        """Rows."""
-        return len(self.lengths)
-
-    @property
-    def cached(self) -> list[int]:
-        """Cached positions of each row."""
-        return [self.before + n - 1 for n in self.lengths]
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that the longest-running row may still emit."""
-        return self.budget - min(n for n, done in zip(self.lengths, self.finished, strict=True) if not done)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more tokens in ``ids``."""
-        need = max(self.lengths) + tokens
-        if need > self.ids.shape[1]:
-            more = self.ids.new_full((self.ids.shape[0], max(need, 2 * self.ids.shape[1])), self.pad)
-            more[:, : self.ids.shape[1]] = self.ids
-            self.ids = more
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the tokens."""
-        return self.ids.device
-
-
-class DraftStrategy:
-    """A way to draft, and at the same time what ``generate(custom_generate=...)`` takes.
-
-    A subclass overrides ``propose`` and, where it needs to, ``begin``, ``observe`` and ``end``. Verification, batches,
-    sampling, stopping, streaming and counting are the engine's.
-
-    Attributes:
-        stats: Counts of the last call.
-        wants_prompt_logits: Ask for ``observe_prompt``; the prompt's logits then cost a matrix product of their own.
-    """
-
-    wants_prompt_logits: bool = False
-
-    def __init__(self) -> None:
-        self.stats = DecodingStats()
-
-    def begin(self, state: DecodingState) -> None:
-        """Called once per ``generate``, before anything runs: check the model, make room."""
-
-    def observe_prompt(self, state: DecodingState, ids: Tensor, logits: Tensor) -> None:
-        """The prompt but its last token ``(B, N)``, and its logits ``(B, N, V)``, if ``wants_prompt_logits``."""
-
-    def passes(self, state: DecodingState, mask: Tensor | None) -> Passes:
-        """What turns a draft into the logits that decide: passes of the model, unless a strategy asks others too."""
-        return Passes(state.model, state, mask)
-
-    def propose(self, state: DecodingState) -> Proposal:
-        """The draft for the next pass; ``Proposal(DraftTree.chain(0), state.root)`` is plain decoding."""
-        raise NotImplementedError(f"{type(self).__name__} must override propose")
-
-    def observe(self, state: DecodingState, proposal: Proposal, logits: Tensor, accepted: Accepted) -> None:
-        """Learn from a pass: logits ``(B, T, V)`` of all nodes. Not called after the last pass."""
-
-    def end(self, state: DecodingState) -> None:
-        """Called once at the end, also after an error."""
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        token_streamer: BaseStreamer | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor | DecodingOutput:
-        """Run the decoding loop. ``generate`` calls this; the arguments are what it has prepared.
-
-        Args:
-            model: Causal language model.
-            input_ids: ``(B, N)``, left-padded.
-            logits_processor: Applied at every node, on the node's own prefix.
-            stopping_criteria: Asked after every token.
-            generation_config: ``generate``'s own.
-            token_streamer: Like ``generate``'s ``streamer``, which a custom strategy is not given: receives the
-                prompt, then every token in order, then ``end()``.
-            **model_kwargs: ``attention_mask``, ``position_ids``, the cache, as ``generate`` prepared them.
-
-        Raises:
-            ValueError: The model, the cache or an option cannot be used with drafts; the message says what to change.
-        """
-        return decode(
-            self,
-            model,
-            input_ids,
-            logits_processor or LogitsProcessorList(),
-            stopping_criteria or StoppingCriteriaList(),
-            generation_config or model.generation_config,
-            token_streamer,
-            model_kwargs,
-        )
+__all__ = ["check_decoding", "commit", "decode", "start_decoding"]
 
 
 def decode(
@@ -440,36 +265,3 @@ def _stream(streamer: BaseStreamer, state: DecodingState, streamed: int) -> int:
     for column in state.ids[:, streamed:reached].cpu().unbind(1):
         streamer.put(column)
     return max(streamed, reached)
-
-
-class KeptScores:
-    """Scores and logits of the emitted tokens, where ``generate`` was asked for them."""
-
-    def __init__(self, config: GenerationConfig) -> None:
-        dictionary = bool(config.return_dict_in_generate)
-        self.wanted = {
-            "scores": dictionary and bool(config.output_scores),
-            "logits": dictionary and bool(config.output_logits),
-        }
-        self.rows: dict[str, list[list[Tensor]]] = {name: [] for name, wanted in self.wanted.items() if wanted}
-
-    def add(self, logits: Tensor, accepted: Accepted, counts: list[int]) -> None:
-        """Keep what belongs to each row's first ``counts[b]`` tokens of a pass."""
-        for name, rows in self.rows.items():
-            if name == "scores" and accepted.scores is not None:
-                found = torch.stack(accepted.scores, 1)  # (B, A, V)
-            else:
-                index = accepted.paths[..., None].expand(-1, -1, logits.shape[-1])
-                found = logits.gather(1, index).float()
-            if not rows:
-                rows.extend([] for _ in counts)
-            for row, values, count in zip(rows, found, counts, strict=True):
-                row.extend(values[:count].unbind(0))
-
-    def stacked(self, name: str, steps: int) -> tuple[Tensor, ...] | None:
-        """Per emitted token ``(B, V)``; zeros where a row was done already."""
-        if not self.wanted[name]:
-            return None
-        rows = self.rows[name]
-        nothing = torch.zeros_like(rows[0][0])
-        return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(steps))

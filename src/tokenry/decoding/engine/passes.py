@@ -11,7 +11,7 @@ from tokenry.kernels.tree_attention import tree_mask
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
-    from tokenry.decoding.engine import DecodingState, Proposal
+    from tokenry.decoding.engine.state import DecodingState, Proposal
 
 __all__ = ["Passes"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenry.decoding.token_batching import Piece
+from tokenry.decoding.batching.token_batching import Piece
 from tokenry.kernels.partial_attention import merge_partial_attention, partial_attention
 
 if TYPE_CHECKING:

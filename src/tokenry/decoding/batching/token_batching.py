@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenry.decoding.prefix_groups import BatchPlan
+from tokenry.decoding.batching.prefix_groups import BatchPlan
 
 __all__ = ["BatchStats", "Piece", "TokenBatcher"]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from tokenry.decoding.prefix_groups import BatchPlan, as_tokens
+from tokenry.decoding.batching.prefix_groups import BatchPlan, as_tokens
 
 if TYPE_CHECKING:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenry.decoding.draft_tree import DraftTree
+from tokenry.decoding.engine.draft_tree import DraftTree
 
 __all__ = ["Accepted", "accept_greedy", "accept_walk"]
 

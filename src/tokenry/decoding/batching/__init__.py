@@ -1,0 +1,1 @@
+"""What serves many requests at once: shared prefixes, their order, and packed passes."""
