@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -172,30 +173,16 @@ def _network(use_filter: bool) -> Any:
 @measures("affnet", "filter-helps")
 def filter_helps(context: Context) -> Measurement:
     """The paper's block with the filter against the same block without it, same data, same seeds."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
-
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
-    accuracies: dict[bool, list[float]] = {True: [], False: []}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for use_filter in (False, True):
-
-            def run(seed: int = seed, use_filter: bool = use_filter) -> dict[str, float]:
-                return train_classifier(
-                    lambda: _network(use_filter), images, Training(epochs=EPOCHS, batch=64), seed
-                ).as_dict()
-
-            result = context.session.step(f"{'with' if use_filter else 'without'}/seed{seed}", run)
-            accuracies[use_filter].append(result["accuracy"])
-    differences = [a - b for a, b in zip(accuracies[True], accuracies[False], strict=True)]
-    ours, theirs = statistics.mean(accuracies[True]), statistics.mean(accuracies[False])
-    error = statistics.stdev(differences) / math.sqrt(SEEDS)
+    networks = {"with": lambda: _network(True), "without": lambda: _network(False)}
+    found = train_networks(context, networks, epochs=EPOCHS, seeds=SEEDS)
+    difference, error = paired_difference(found["with"], found["without"])
+    ours, theirs = statistics.mean(found["with"]), statistics.mean(found["without"])
     return Measurement(
-        shows=statistics.mean(differences) > error,
+        shows=difference > error,
         value=round(ours, 2),
         baseline=round(theirs, 2),
-        spread=round(statistics.stdev(accuracies[True]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {ours:.1f} % with the filter, {theirs:.1f} % for the same "
-        f"blocks without it, difference {statistics.mean(differences):+.1f} +- {error:.1f} points (must exceed its standard error)",
-        details={"with": accuracies[True], "without": accuracies[False], "differences": differences},
+        spread=round(statistics.stdev(found["with"]), 2),
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {ours:.1f} % with the filter, {theirs:.1f} % for the same "
+        f"blocks without it, difference {difference:+.1f} +- {error:.1f} points (must exceed its standard error)",
+        details=dict(found),
     )

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, NotRunnable, measures
-from tokenry.claims.small_images import paired_difference, time_over_sides, train_networks
+from tokenry.claims.small_images import paired_difference, setting, time_over_sides, train_networks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,10 +57,6 @@ def size(context: Context) -> Measurement:
     )
 
 
-def _setting() -> str:
-    return f"CIFAR-10 sample (1,600 training images), {EPOCHS} epochs, {SEEDS} seeds"
-
-
 @measures("cas-vit", "mixers-order")
 def mixers_order(context: Context) -> Measurement:
     """One small network with each of four mixers, same data, same seeds."""
@@ -77,7 +73,7 @@ def mixers_order(context: Context) -> Measurement:
         value=round(mean["cat"], 2),
         baseline=round(mean["pool"], 2),
         spread=round(spread["cat"], 2),
-        sentence=f"{_setting()}: {text} (the means must rise from identity over pool to cat)",
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {text} (the means must rise from identity over pool to cat)",
         details=dict(accuracies),
         charts=({"type": "bars", "title": "Accuracy of one network by its mixer (%)", "values": mean},),
     )
@@ -126,8 +122,7 @@ def gates_help(context: Context) -> Measurement:
         value=round(mean["both gates"], 2),
         baseline=round(mean["no gate"], 2),
         spread=round(statistics.stdev(accuracies["both gates"]), 2),
-        sentence=f"{_setting()}: {text}; both gates over none {gain:+.1f} +- {error:.1f} points (must exceed its standard error; "
-        "at this size differences of a point drown in the seeds)",
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {text}; both gates over none {gain:+.1f} +- {error:.1f} points (must exceed its standard error)",
         details=dict(accuracies),
     )
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import train_networks
+from tokenry.claims.small_images import setting, train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -105,7 +105,7 @@ def _network(mixer: str) -> Any:
 
 @measures("davit", "complementary")
 def complementary(context: Context) -> Measurement:
-    """One small MetaFormer with windows alone, channels alone, both, and no mixer, on the CIFAR-10 sample."""
+    """One small MetaFormer with windows alone, channels alone, both, and no mixer, on small photographs."""
     accuracies = train_networks(
         context, {mixer: partial(_network, mixer) for mixer in MIXERS}, epochs=EPOCHS, seeds=SEEDS
     )
@@ -118,7 +118,7 @@ def complementary(context: Context) -> Measurement:
         value=round(mean["dual"], 2),
         baseline=round(alone, 2),
         spread=round(statistics.stdev(accuracies["dual"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {text} (both must reach the better of the two alone, and "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {text} (both must reach the better of the two alone, and "
         "each alone must exceed no mixer; the block with both has more parameters)",
         details=accuracies,
     )

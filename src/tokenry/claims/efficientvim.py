@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import paired_difference, passes, photographs, setting
 
 SEEDS = 3
 EPOCHS = 6
@@ -236,11 +237,10 @@ def _network(kind: str) -> Any:
 @cache
 def _accuracy(kind: str, seed: int, device: str) -> float:
     """Test accuracy in percent; claims of one run share what they have in common."""
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
+    from tokenry.vision.image_training import Training, train_classifier
 
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), device)
-    return train_classifier(lambda: _network(kind), images, Training(epochs=EPOCHS, batch=64), seed).accuracy
+    training = Training(epochs=passes(EPOCHS), batch=64)
+    return train_classifier(lambda: _network(kind), photographs(device), training, seed).accuracy
 
 
 def _compared(context: Context, other: str) -> tuple[list[float], list[float], float, float]:
@@ -250,22 +250,27 @@ def _compared(context: Context, other: str) -> tuple[list[float], list[float], f
         for kind, accuracies in found.items():
             accuracies.append(
                 context.session.step(
-                    f"{kind}/seed{seed}", lambda kind=kind, seed=seed: _accuracy(kind, seed, context.device)
+                    f"{kind}/{len(photographs(context.device).train)}images/seed{seed}",
+                    lambda kind=kind, seed=seed: _accuracy(kind, seed, context.device),
                 )
             )
-    differences = [a - b for a, b in zip(found["hsm"], found[other], strict=True)]
-    return found["hsm"], found[other], statistics.mean(differences), statistics.stdev(differences) / math.sqrt(SEEDS)
+    return found["hsm"], found[other], *paired_difference(found["hsm"], found[other])
 
 
 def _accuracy_measurement(
-    ours: list[float], theirs: list[float], shows: bool, sentence: str, details: dict[str, Any] | None = None
+    context: Context,
+    ours: list[float],
+    theirs: list[float],
+    shows: bool,
+    sentence: str,
+    details: dict[str, Any] | None = None,
 ) -> Measurement:
     return Measurement(
         shows=shows,
         value=round(statistics.mean(ours), 2),
         baseline=round(statistics.mean(theirs), 2),
         spread=round(statistics.stdev(ours), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {sentence}",
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {sentence}",
         details={"hsm": ours, "other": theirs, **(details or {})},
     )
 
@@ -275,6 +280,7 @@ def mixing_helps(context: Context) -> Measurement:
     """The network against itself without token mixer."""
     ours, theirs, difference, error = _compared(context, "identity")
     return _accuracy_measurement(
+        context,
         ours,
         theirs,
         difference > error,
@@ -310,6 +316,7 @@ def token_side_parity(context: Context) -> Measurement:
     macs = found["tokens_macs"] / found["hsm_macs"]
     speed = found["hsm_images_per_second"] / found["tokens_images_per_second"]
     return _accuracy_measurement(
+        context,
         ours,
         theirs,
         difference >= -1 and macs > 1 and speed > 1,
@@ -325,6 +332,7 @@ def fusion_helps(context: Context) -> Measurement:
     """The network against itself with the last map's classifier alone."""
     ours, theirs, difference, error = _compared(context, "no fusion")
     return _accuracy_measurement(
+        context,
         ours,
         theirs,
         difference >= 0,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -125,7 +125,7 @@ def _compare(context: Context, networks: dict[str, tuple[bool, bool]]) -> dict[s
     return train_networks(context, makers, epochs=EPOCHS, seeds=SEEDS)
 
 
-def _report(accuracies: dict[str, list[float]], rule: str) -> Measurement:
+def _report(context: Context, accuracies: dict[str, list[float]], rule: str) -> Measurement:
     """The first network against the second; it must not be below it."""
     (name, ours), (other, theirs) = accuracies.items()
     mean, error = paired_difference(ours, theirs)
@@ -134,7 +134,7 @@ def _report(accuracies: dict[str, list[float]], rule: str) -> Measurement:
         value=round(statistics.mean(ours), 2),
         baseline=round(statistics.mean(theirs), 2),
         spread=round(statistics.stdev(ours), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {name} {statistics.mean(ours):.1f} %, {other} "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {name} {statistics.mean(ours):.1f} %, {other} "
         f"{statistics.mean(theirs):.1f} %, difference {mean:+.1f} +- {error:.1f} points ({rule})",
         details=dict(accuracies),
     )
@@ -144,11 +144,11 @@ def _report(accuracies: dict[str, list[float]], rule: str) -> Measurement:
 def local_and_global(context: Context) -> Measurement:
     """Local and global blocks in turn against local ones alone, the same number of blocks."""
     networks = {"local and global in turn": (True, True), "local alone": (False, True)}
-    return _report(_compare(context, networks), "must not be worse; the generators add parameters")
+    return _report(context, _compare(context, networks), "must not be worse; the generators add parameters")
 
 
 @measures("gc-vit", "downsampling")
 def downsampling(context: Context) -> Measurement:
     """The fused downsampling against a plain strided convolution, equal epochs."""
     networks = {"fused downsampling": (True, True), "strided convolution": (True, False)}
-    return _report(_compare(context, networks), "must not be worse; the fused one has more parameters")
+    return _report(context, _compare(context, networks), "must not be worse; the fused one has more parameters")

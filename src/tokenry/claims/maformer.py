@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import accuracy_chart, paired_difference, time_over_sides, train_networks
+from tokenry.claims.small_images import accuracy_chart, paired_difference, setting, time_over_sides, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -70,7 +70,7 @@ def fusion_helps(context: Context) -> Measurement:
         value=round(means["fusion"], 2),
         baseline=round(max(means["local alone"], means["global alone"]), 2),
         spread=round(statistics.stdev(found["fusion"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: "
         + ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items())
         + "; fusion over "
         + ", ".join(f"{name} {gap:+.1f} +- {error:.1f}" for name, (gap, error) in gaps.items())

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenry.claims.itransformer import rounded, series, train
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 SEEDS = 3
 PAPER_PARAMS = {"vim2_tiny": 20, "vim2_small": 43, "vim2_base": 74}
@@ -165,7 +165,7 @@ def channel_mixer(context: Context) -> Measurement:
         value=round(means["selective"], 2),
         baseline=round(means["mlp"], 2),
         spread=round(statistics.stdev(found["selective"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: "
         + ", ".join(f"{name} {value:.1f} % ({params[name]:,} parameters)" for name, value in means.items())
         + f"; selective over MLP {gain:+.1f} +- {error:.1f} points (must exceed two standard errors)",
         details={"accuracy": found, "parameters": params},
@@ -191,7 +191,7 @@ def averaging(context: Context) -> Measurement:
         value=round(statistics.mean(ours), 2),
         baseline=round(statistics.mean(theirs), 2),
         spread=round(statistics.stdev(ours), 2),
-        sentence=f"CIFAR-10 sample, 12 token mixers deep, {EPOCHS} epochs, 2 seeds: {statistics.mean(ours):.1f} % with learned sums, "
+        sentence=f"{setting(context, EPOCHS, 2)}, 12 token mixers deep: {statistics.mean(ours):.1f} % with learned sums, "
         f"{min(ours):.1f} % in the worst run (must be at least 20 %, twice chance), {statistics.mean(theirs):.1f} % with residual "
         f"connections; difference {gain:+.1f} +- {error:.1f} points (must not be two standard errors below zero)",
         details=found,

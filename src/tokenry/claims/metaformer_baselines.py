@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import setting, train_networks
 
-if TYPE_CHECKING:
-    from torch import nn
-
-EPOCHS = 5
-# The embedded sample is a sixth as large; it gets as many steps.
-EPOCHS_EMBEDDED = 16
+EPOCHS = 10
 SKELETON: dict[str, Any] = {"depths": (2, 4), "dims": (32, 64), "num_classes": 10, "img_size": 32, "stem": (4, 4, 0)}
 # Operations per number as the paper counts them: relu, square, scale, shift; and GELU's tanh form.
 STAR_RELU_OPERATIONS = ("relu", "square", "multiply", "add")
 PAPER_GELU_OPERATIONS = 14
-
-
-def _train_all(
-    context: Context, makers: Mapping[str, Callable[[], nn.Module]], seeds: int
-) -> tuple[dict[str, list[float]], str]:
-    """Test accuracies of each network by seed, and the setting in words."""
-    from tokenry.assets import cifar10_sample, external
-    from tokenry.vision.image_training import Images, Training, train_classifier
-    from tokenry.vision.labelled_images import read_labelled_images
-
-    larger = external("cifar10")
-    train, test = (cifar10_sample("train"), cifar10_sample("test")) if larger is None else read_labelled_images(larger)
-    images = Images.of(train, test, context.device)
-    training = Training(epochs=EPOCHS_EMBEDDED if larger is None else EPOCHS)
-    count = f"{len(images.train):,}"
-    accuracies: dict[str, list[float]] = {name: [] for name in makers}
-    for seed in range(context.seed, context.seed + seeds):
-        for name, make in makers.items():
-
-            def run(make: Callable[[], nn.Module] = make, seed: int = seed) -> dict[str, float]:
-                return train_classifier(make, images, training, seed).as_dict()
-
-            accuracies[name].append(context.session.step(f"{count}/{name}/seed{seed}", run)["accuracy"])
-    return accuracies, f"CIFAR-10, {count} training images, {training.epochs} epochs, {seeds} seeds"
 
 
 @measures("metaformer-baselines", "star-relu-operations")
@@ -143,7 +115,7 @@ def star_relu_accuracy(context: Context) -> Measurement:
     from tokenry.vision import metaformer
 
     makers = {act: (lambda act=act: metaformer("pool", act=act, **SKELETON)) for act in ("gelu", "star_relu")}
-    accuracies, setting = _train_all(context, makers, seeds=3)
+    accuracies = train_networks(context, makers, epochs=EPOCHS, seeds=3, batch=128)
     star, gelu = (statistics.mean(accuracies[name]) for name in ("star_relu", "gelu"))
     spread = max(statistics.stdev(found) for found in accuracies.values())
     return Measurement(
@@ -151,7 +123,7 @@ def star_relu_accuracy(context: Context) -> Measurement:
         value=round(star - gelu, 2),
         baseline=0.0,
         spread=round(spread, 2),
-        sentence=f"{setting}: StarReLU {star:.1f} %, GELU {gelu:.1f} %, {star - gelu:+.1f} points (must not be worse by more than "
+        sentence=f"{setting(context, EPOCHS, 3)}: StarReLU {star:.1f} %, GELU {gelu:.1f} %, {star - gelu:+.1f} points (must not be worse by more than "
         f"the larger spread over seeds, {spread:.1f})",
         details=dict(accuracies),
     )
@@ -169,7 +141,7 @@ def mixers_order(context: Context) -> Measurement:
         "sep_conv, attention": ("sep_conv", "attention"),
     }
     makers = {name: (lambda mixers=mixers: metaformer(mixers, **SKELETON)) for name, mixers in choices.items()}
-    accuracies, setting = _train_all(context, makers, seeds=2)
+    accuracies = train_networks(context, makers, epochs=EPOCHS, seeds=2, batch=128)
     mean = {name: statistics.mean(found) for name, found in accuracies.items()}
     spread = max(statistics.stdev(found) for found in accuracies.values())
     shows = (
@@ -181,7 +153,7 @@ def mixers_order(context: Context) -> Measurement:
         value=round(mean["sep_conv"], 2),
         baseline=round(mean["identity"], 2),
         spread=round(spread, 2),
-        sentence=f"{setting}: {text} (identity must be at least twice chance, random above it, separable convolution the best up "
+        sentence=f"{setting(context, EPOCHS, 2)}: {text} (identity must be at least twice chance, random above it, separable convolution the best up "
         f"to the spread, {spread:.1f})",
         details=dict(accuracies),
     )

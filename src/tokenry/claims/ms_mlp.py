@@ -11,6 +11,7 @@ from tokenry.claims.small_images import (
     accuracy_chart,
     count_against,
     paired_difference,
+    setting,
     time_over_sides,
     train_networks,
 )
@@ -65,7 +66,7 @@ def shifts_and_kernels(context: Context) -> Measurement:
         value=round(means["mix-shift"], 2),
         baseline=round(means["no mixer"], 2),
         spread=round(statistics.stdev(found["mix-shift"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: "
         + ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items())
         + f"; mix-shift over no mixer {gain:+.1f} +- {error:.1f} points (must exceed two standard errors); the shifts add "
         f"{shift:+.1f} +- {shift_error:.1f} to the kernels (reported)",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import setting, train_networks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tokenry.vision.image_training import Images
-
 SEEDS = 3
-EPOCHS = 6
-# The embedded sample is a sixth as large; it gets half as many steps.
-EPOCHS_EMBEDDED = 12
+EPOCHS = 12
 SKELETON: dict[str, Any] = {
     "depths": (2, 4), "dims": (32, 64), "num_classes": 10, "img_size": 32, "stem": (4, 4, 0), "norm": "group1",
 }  # fmt: skip
@@ -23,19 +21,6 @@ SKELETON: dict[str, Any] = {
 # 16x16 and 8x8 tokens. With patches of 4 pixels (8x8 and 4x4 tokens, LayerNorm, 5 epochs) pooling lost to no mixer in the one
 # comparison that was run, 38.2 % against 42.7 %: maps that are hardly larger than the window leave it little to average.
 FINE: dict[str, Any] = {**SKELETON, "stem": (2, 2, 0)}
-
-
-def _images(context: Context) -> tuple[Images, int, str]:
-    """CIFAR-10: 10,000 images where the larger data are at hand, else the embedded 1,600; epochs; its name."""
-    from tokenry.assets import cifar10_sample, external
-    from tokenry.vision.image_training import Images
-    from tokenry.vision.labelled_images import read_labelled_images
-
-    larger = external("cifar10")
-    if larger is None:
-        return Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device), EPOCHS_EMBEDDED, "1,600"
-    train, test = read_labelled_images(larger)
-    return Images.of(train, test, context.device), EPOCHS, f"{len(train[1]):,}"
 
 
 @measures("poolformer", "smaller-than-deit")
@@ -69,19 +54,9 @@ def smaller_than_deit(context: Context) -> Measurement:
 def pooling_beats_nothing(context: Context) -> Measurement:
     """One small network with pooling and with the identity, several seeds of each."""
     from tokenry.vision import metaformer
-    from tokenry.vision.image_training import Training, train_classifier
 
-    images, epochs, count = _images(context)
-    accuracies: dict[str, list[float]] = {"identity": [], "pool": []}
-    for seed in range(context.seed, context.seed + SEEDS):
-        for name, found in accuracies.items():
-
-            def run(name: str = name, seed: int = seed) -> dict[str, float]:
-                return train_classifier(
-                    lambda: metaformer(name, **FINE), images, Training(epochs=epochs), seed
-                ).as_dict()
-
-            found.append(context.session.step(f"{count}/{name}/seed{seed}", run)["accuracy"])
+    networks = {name: partial(metaformer, name, **FINE) for name in ("identity", "pool")}
+    accuracies = train_networks(context, networks, epochs=EPOCHS, seeds=SEEDS, batch=128)
     ours, theirs = (statistics.mean(accuracies[name]) for name in ("pool", "identity"))
     spread = max(statistics.stdev(found) for found in accuracies.values())
     return Measurement(
@@ -89,9 +64,9 @@ def pooling_beats_nothing(context: Context) -> Measurement:
         value=round(ours - theirs, 2),
         baseline=0.0,
         spread=round(spread, 2),
-        sentence=f"CIFAR-10, {count} training images, {epochs} epochs, {SEEDS} seeds: pooling {ours:.1f} %, no mixer "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: pooling {ours:.1f} %, no mixer "
         f"{theirs:.1f} %, {ours - theirs:+.1f} points (must exceed the larger of the two spreads over seeds, {spread:.1f})",
-        details={**accuracies, "test_images": len(images.test)},
+        details=dict(accuracies),
         charts=(
             {
                 "type": "bars",
@@ -137,27 +112,20 @@ def _without_mlp(net: Any) -> nn.Module:
 def skeleton_matters(context: Context) -> Measurement:
     """Twelve blocks: whole, without the residual connections, without the channel MLP."""
     from tokenry.vision import metaformer
-    from tokenry.vision.image_training import Training, train_classifier
 
-    images, epochs, count = _images(context)
     deep: dict[str, Any] = {**SKELETON, "depths": (4, 8)}
     makers = {
         "whole": lambda: metaformer("pool", **deep),
         "without residual": lambda: _without_residual(metaformer("pool", **deep)),
         "without MLP": lambda: _without_mlp(metaformer("pool", **deep)),
     }
-    found = {
-        name: context.session.step(
-            f"{count}/{name}",
-            lambda make=make: train_classifier(make, images, Training(epochs=epochs), context.seed).as_dict(),
-        )["accuracy"]
-        for name, make in makers.items()
-    }
+    trained = train_networks(context, makers, epochs=EPOCHS, seeds=1, batch=128)
+    found = {name: accuracies[0] for name, accuracies in trained.items()}
     lost = {name: found["whole"] - accuracy for name, accuracy in found.items()}
     return Measurement(
         shows=lost["without residual"] >= 10 and found["without residual"] <= 20 and lost["without MLP"] >= 10,
         value=round(lost["without residual"], 2),
-        sentence=f"CIFAR-10, {count} training images, {epochs} epochs, twelve pooling blocks: whole {found['whole']:.1f} %, without "
+        sentence=f"{setting(context, EPOCHS, 1)}, twelve pooling blocks: whole {found['whole']:.1f} %, without "
         f"the residual {found['without residual']:.1f} %, without the channel MLP {found['without MLP']:.1f} % (both must lose at "
         "least 10 points, and the first end near chance, at most 20 %)",
         details=found,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import count_against, paired_difference, train_networks
+from tokenry.claims.small_images import count_against, paired_difference, setting, train_networks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +101,7 @@ def reallocation(context: Context) -> Measurement:
     """One small network whose keys are chosen by significance, by chance, and by pooling."""
     networks = {kind: partial(_network, kind) for kind in KINDS}
     found = train_networks(context, networks, epochs=EPOCHS, seeds=SEEDS)
-    return _judge(found, f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds, 36 and 9 keys for 256 and 64 tokens")
+    return _judge(found, f"{setting(context, EPOCHS, SEEDS)}, 36 and 9 keys for 256 and 64 tokens")
 
 
 @measures("sg-former", "significant")

@@ -1,7 +1,7 @@
 """Small networks trained on small photographs inside a claim: the same images, order, steps and rates for all of them.
 
-The shipped sample of CIFAR-10 (1,600 images to train, 400 to test) shows effects of several points; differences of one or
-two points drown in the noise of 400 test images, and claims that look for them must say so.
+With ``TOKENRY_DATA`` the photographs are 10,000 of CIFAR-10 to train and 2,000 to test, else the shipped sample of them (1,600
+and 400). The sample shows effects of several points; differences of one or two points drown in the noise of 400 test images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context
@@ -17,36 +17,72 @@ from tokenry.claims.registry import Context
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["accuracy_chart", "count_against", "paired_difference", "time_over_sides", "train_networks"]
+    from tokenry.vision.image_training import Images
+
+__all__ = [
+    "accuracy_chart",
+    "count_against",
+    "paired_difference",
+    "passes",
+    "photographs",
+    "setting",
+    "time_over_sides",
+    "train_networks",
+]
+
+
+@cache
+def photographs(device: str) -> Images:
+    """The photographs of the claims on ``device``: the larger set where it is at hand, else the shipped sample."""
+    from tokenry.assets import cifar10_sample, external
+    from tokenry.vision.image_training import Images
+    from tokenry.vision.labelled_images import read_labelled_images
+
+    larger = external("cifar10")
+    train, test = (cifar10_sample("train"), cifar10_sample("test")) if larger is None else read_labelled_images(larger)
+    return Images.of(train, test, device)
+
+
+def passes(epochs: int) -> int:
+    """Passes over the photographs at hand: ``epochs`` over the sample, half of them (rounded up) over the larger set."""
+    from tokenry.assets import external
+
+    return epochs if external("cifar10") is None else math.ceil(epochs / 2)
+
+
+def setting(context: Context, epochs: int, seeds: int) -> str:
+    """How ``train_networks`` trains with these arguments, for the sentence of a measurement."""
+    images = photographs(context.device)
+    return f"CIFAR-10, {len(images.train):,} training and {len(images.test):,} test images, {passes(epochs)} epochs, {seeds} seeds"
 
 
 def train_networks(
     context: Context, networks: Mapping[str, Callable[[], nn.Module]], *, epochs: int, seeds: int, batch: int = 64
 ) -> dict[str, list[float]]:
-    """Train every network with every seed on the shipped photographs, in resumable steps.
+    """Train every network with every seed on the photographs at hand, in resumable steps.
 
     Args:
         context: The claim's.
         networks: Name to what makes the network; called after the seed is set.
-        epochs: Passes over the 1,600 images.
+        epochs: Passes over the shipped sample; ``passes`` tells how many over the larger set.
         seeds: How many seeds, from the context's on.
         batch: Images per step.
 
     Returns:
         Name to the test accuracies in percent, one per seed.
     """
-    from tokenry.assets import cifar10_sample
-    from tokenry.vision.image_training import Images, Training, train_classifier
+    from tokenry.vision.image_training import Training, train_classifier
 
-    images = Images.of(cifar10_sample("train"), cifar10_sample("test"), context.device)
+    images, training = photographs(context.device), Training(epochs=passes(epochs), batch=batch)
     found: dict[str, list[float]] = {name: [] for name in networks}
     for seed in range(context.seed, context.seed + seeds):
         for name, make in networks.items():
 
             def run(make: Callable[[], nn.Module] = make, seed: int = seed) -> dict[str, float]:
-                return train_classifier(make, images, Training(epochs=epochs, batch=batch), seed).as_dict()
+                return train_classifier(make, images, training, seed).as_dict()
 
-            found[name].append(context.session.step(f"{name}/{epochs}epochs/seed{seed}", run)["accuracy"])
+            step = f"{name}/{len(images.train)}images/{training.epochs}epochs/seed{seed}"
+            found[name].append(context.session.step(step, run)["accuracy"])
     return found
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -319,7 +319,7 @@ def classifies(context: Context) -> Measurement:
         value=round(statistics.mean(found["super tokens"]), 2),
         baseline=round(max(statistics.mean(found[name]) for name in mixers[1:]), 2),
         spread=round(statistics.stdev(found["super tokens"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds, accuracy (multiply-accumulates): {text}; difference "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}, accuracy (multiply-accumulates): {text}; difference "
         f"{differences} points (must not be below zero by more than its standard error)",
         details={"accuracy": found, "macs_m": macs},
     )

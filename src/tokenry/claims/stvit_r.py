@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ def plain_accuracy(context: Context) -> Measurement:
         value=round(means["semantic"], 2),
         baseline=round(means["full"], 2),
         spread=round(statistics.stdev(found["semantic"]), 2),
-        sentence=f"CIFAR-10 sample, 6 layers, {EPOCHS} epochs, {SEEDS} seeds, accuracy (multiply-accumulates): "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}, 6 layers, accuracy (multiply-accumulates): "
         + ", ".join(f"{kind} {mean:.1f} % ({macs[kind]:.1f} M)" for kind, mean in means.items())
         + "; semantic tokens "
         + ", ".join(f"{change:+.1f} +- {error:.1f} to {kind}" for kind, (change, error) in against.items())

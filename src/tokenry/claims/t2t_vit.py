@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import count_against, paired_difference, train_networks
+from tokenry.claims.small_images import count_against, paired_difference, setting, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -203,7 +203,7 @@ def patches_or_tokens(context: Context) -> Measurement:
         value=round(means["T2T tokens"], 2),
         baseline=round(means["plain patches"], 2),
         spread=round(statistics.stdev(found["T2T tokens"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: "
         + ", ".join(f"{name} {mean:.1f} % ({sizes[name]:,} parameters)" for name, mean in means.items())
         + f" (both must exceed 20 %, twice chance); T2T tokens over plain patches {difference:+.1f} +- {error:.1f} points, "
         "reported and not judged: the paper's gain is that of ImageNet at 224 pixels",

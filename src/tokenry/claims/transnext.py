@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, train_networks
+from tokenry.claims.small_images import paired_difference, setting, train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -307,7 +307,7 @@ def both_kinds_of_keys(context: Context) -> Measurement:
         value=round(means["both"], 2),
         baseline=round(max(means["neighbours"], means["pooled"]), 2),
         spread=round(statistics.stdev(found["both"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {means['both']:.1f} % with both kinds of keys, "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {means['both']:.1f} % with both kinds of keys, "
         f"{means['neighbours']:.1f} % with neighbours alone (difference {to_near:+.1f} +- {near_error:.1f}), {means['pooled']:.1f} % "
         f"with pooled positions alone ({to_far:+.1f} +- {far_error:.1f}); neither difference may be negative",
         details=dict(found),
@@ -335,7 +335,7 @@ def conv_glu(context: Context) -> Measurement:
         value=round(means["conv_glu"], 2),
         baseline=round(means["mlp"], 2),
         spread=round(statistics.stdev(found["conv_glu"]), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: ConvGLU {means['conv_glu']:.1f} %, GLU {means['glu']:.1f} %, MLP "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: ConvGLU {means['conv_glu']:.1f} %, GLU {means['glu']:.1f} %, MLP "
         f"{means['mlp']:.1f} % with {sizes['conv_glu']:,}, {sizes['glu']:,} and {sizes['mlp']:,} parameters; ConvGLU over GLU "
         f"{to_glu:+.1f} +- {glu_error:.1f}, GLU over MLP {to_mlp:+.1f} +- {mlp_error:.1f} points; neither may be negative",
         details=dict(found) | {"parameters": sizes},

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import count_against, paired_difference, train_networks
+from tokenry.claims.small_images import count_against, paired_difference, setting, train_networks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ def local_then_global(context: Context) -> Measurement:
         value=round(mean["LLGG"], 2),
         baseline=round(best, 2),
         spread=round(spread, 2),
-        sentence=f"CIFAR-10 sample, 1,600 training images, {EPOCHS} epochs, {SEEDS} seeds: {mean['LLGG']:.1f} % with local aggregators "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {mean['LLGG']:.1f} % with local aggregators "
         f"in stages 1 and 2 and global ones in 3 and 4, {mean['GGGG']:.1f} % all global, {mean['LLLL']:.1f} % all local (the "
         f"first must not be below the better of the others by more than the largest spread over seeds, {spread:.1f})",
         details=found,
@@ -94,7 +94,7 @@ def positions_help(context: Context) -> Measurement:
         value=round(statistics.mean(ours), 2),
         baseline=round(statistics.mean(theirs), 2),
         spread=round(statistics.stdev(ours), 2),
-        sentence=f"CIFAR-10 sample, {EPOCHS} epochs, {SEEDS} seeds: {statistics.mean(ours):.1f} % with position encodings, "
+        sentence=f"{setting(context, EPOCHS, SEEDS)}: {statistics.mean(ours):.1f} % with position encodings, "
         f"{statistics.mean(theirs):.1f} % without, {difference:+.1f} +- {error:.1f} points (must exceed its standard error)",
         details=found,
     )
