@@ -12,6 +12,7 @@ ratio above 1 means that ours is faster. --reference is a checkout of github.com
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 import types
@@ -34,19 +35,20 @@ SHAPES = [  # name, series, width, layers, batch, flow attention
 ]
 
 
-def value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def value(text: str) -> object:
+    """What ``--set name=text`` means: a number, True, False or None, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def table(options: argparse.Namespace) -> None:
     frame = etth1() if options.data == "ETTh1" else order_columns(read_frame(options.data))
     name = Path(options.data).name.split(".")[0]
     settings = {key: value(text) for key, text in (item.split("=", 1) for item in options.set)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "table.jsonl"
     for horizon in options.horizons:
         forecaster = Forecaster(
             options.model,
@@ -59,11 +61,14 @@ def table(options: argparse.Namespace) -> None:
         )
         forecaster.fit(frame, folder=options.out)
         found = forecaster.evaluate(frame)
-        line = {"data": name, "model": options.model, "horizon": horizon, "seed": options.seed, **settings}
+        line = {"data": name, "model": options.model, "context": options.context, "horizon": horizon}
+        line |= {"seed": options.seed, **settings}
         line |= {"mse": found["mse"], "mae": found["mae"], "windows": found["windows"], "history": forecaster.history}
         print(json.dumps({k: v for k, v in line.items() if k != "history"}))
-        with (options.out / "table.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        written = path.read_text("utf-8").splitlines() if path.exists() else []
+        if json.dumps(line) not in written:  # of a run that was killed between two horizons
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def pair(reference: Path, width: int, layers: int, flow: bool) -> tuple[torch.nn.Module, torch.nn.Module]:

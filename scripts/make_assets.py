@@ -4,7 +4,7 @@
 
 ``FOLDER`` holds ``english-public-domain``, ``multilingual-sib200``, ``cifar10`` and ``forecasting`` (see
 ``src/tokenry/assets/LICENSES.md`` for where they come from). The held-out texts are those that
-``train_embedded_models.py`` holds out.
+``embedded_text.py`` holds out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 
-from train_embedded_models import documents
+from embedded_text import documents
 
 ASSETS = Path(__file__).parent.parent / "src/tokenry/assets"
 LANGUAGES = ("arb_Arab", "deu_Latn", "eng_Latn", "hin_Deva", "rus_Cyrl", "spa_Latn", "swh_Latn", "zho_Hans")

@@ -2,6 +2,7 @@
 
     make evidence                    # all methods; TOKENRY_DATA names the folder of the larger data sets
     python scripts/record_evidence.py ems affnet
+    python scripts/record_evidence.py ppd --claims lossless memory      # these two, and no tests
 
 A golden record per stored case (its value: the largest error, in units of the output's scale), one ``properties``
 record per method, one record per claim. Side-by-side times against the authors' code come from the benchmarks:
@@ -68,15 +69,16 @@ def main() -> None:
     parser.add_argument("--speed", type=Path, nargs="*", default=[], help="JSON lines of side-by-side times")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--skip-claims", action="store_true")
+    parser.add_argument("--claims", nargs="+", metavar="ID", help="run only these claims, and no tests")
     parser.add_argument("--work", type=Path, default=Path("build/evidence"), help="unfinished claims go on from here")
     args = parser.parse_args()
     slugs = set(args.slugs or cards())
-    if not args.skip_tests:
+    if not (args.skip_tests or args.claims):
         save_project(test_records(slugs))
     speed = [Record.model_validate_json(line) for path in args.speed for line in path.read_text("utf-8").splitlines()]
     save_project(record for record in speed if record.slug in slugs)
     failed = 0
-    for outcome in () if args.skip_claims else verify(sorted(slugs), folder=args.work):
+    for outcome in () if args.skip_claims else verify(sorted(slugs), claims=args.claims, folder=args.work):
         state = outcome.not_run or outcome.error or (outcome.record.sentence if outcome.record else "")
         print(f"{outcome.slug}/{outcome.claim.id}: {state}", flush=True)
         if outcome.record is not None:

@@ -31,6 +31,7 @@ from tokenry.language import (
     block_transformer_from,
     pack_documents,
 )
+from tokenry.measure import whole_file
 
 
 def documents(folder: Path) -> list[str]:
@@ -165,9 +166,8 @@ def main(argv: list[str] | None = None) -> None:
             log.write(json.dumps(entry) + "\n")
             log.flush()
             print(f"step {done} of {args.steps}: loss {entry['loss']}", flush=True)
-            part = state.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, part)
-            part.replace(state)
+            with whole_file(state) as unfinished:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, unfinished)
         if done == args.stop_after and done < args.steps:
             log.close()
             return

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from embedded_text import documents, training_texts
 from tokenry.assets import load_model, model_path, prompts
+from tokenry.claims.small_models import token_stream
 from tokenry.decoding import DecodingStats, ParallelPromptDecoding, ParallelPrompts
-from train_embedded_models import documents, encode
 
 PREFIX, CONTINUATION = 32, 96
 BATCH, CUTS, LR = 16, 16, 1e-2
@@ -36,10 +36,7 @@ def rows_of(model, tokenizer, english: Path, count: int, file: Path) -> torch.Te
     """``(count, 128)`` training text with the model's own continuation."""
     if file.exists():
         return load_file(file)["rows"]
-    split = documents(english)
-    texts = split["train_english"] * 2 + split["train_code"]  # as the model saw them: English twice
-    random.Random(2).shuffle(texts)
-    ids = torch.from_numpy(encode(tokenizer, texts))
+    ids = token_stream(tokenizer, training_texts(documents(english), 2))
     starts = torch.randint(len(ids) - PREFIX, (count,), generator=torch.Generator().manual_seed(0))
     prefixes = ids[starts[:, None] + torch.arange(PREFIX)]
     written = []

@@ -11,80 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
-import time
 from pathlib import Path
 
 import torch
 
+from embedded_text import bits_per_byte, documents, training_texts
 from tokenry.assets import load_model
-from tokenry.claims.small_models import cosine, muon_and_adamw, rows_of
+from tokenry.claims.small_models import rows_of, token_stream
+from tokenry.claims.training_loop import train_steps
 from tokenry.decoding import SortedDraft
-from train_embedded_models import documents, encode
 
 EXITS = (1, 2, 3)
 ROWS, LENGTH = 16, 256
 PEAK_LR = 2e-3
-
-
-@torch.no_grad()
-def bits_per_byte(draft: SortedDraft, tokenizer, texts: list[str]) -> list[float]:
-    """Mean bits per byte of every exit over whole documents, cut into windows of the context length, in float32."""
-    context = draft.model.config.max_position_embeddings
-    bits, bytes_seen = [0.0] * len(draft.exits), 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        bytes_seen += len(text.encode())
-        for start in range(0, len(ids), context - 1):
-            window = torch.tensor([[tokenizer.eos_token_id, *ids[start : start + context - 1]]])
-            for j, logits in enumerate(draft.exit_logits(window)):
-                loss = torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:], reduction="sum")
-                bits[j] += loss.item() / math.log(2)
-    return [round(b / bytes_seen, 4) for b in bits]
-
-
-def train(draft: SortedDraft, ids: torch.Tensor, work: Path, steps: int) -> dict:
-    """Train in place, going on from the checkpoint if there is one."""
-    optimizers = muon_and_adamw(draft, PEAK_LR)
-    checkpoint = work / "sorted-draft.pt"
-    first, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        draft.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first, seconds = state["step"], state["seconds"]
-        print(f"going on from step {first}")
-    draft.train()
-    for step in range(first, steps):
-        began = time.perf_counter()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = cosine((step + 1) / steps, PEAK_LR)
-        loss = draft.sorted_loss(rows_of(ids, ROWS, LENGTH, step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter() - began
-        if step % 10 == 0 or step == steps - 1:
-            print(f"step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - began:.2f} s/step", flush=True)
-        if (step + 1) % 25 == 0 or step == steps - 1:
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(
-                {
-                    "model": draft.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step + 1,
-                    "seconds": seconds,
-                },
-                temporary,
-            )
-            temporary.replace(checkpoint)
-    draft.eval()
-    return {"steps": steps, "tokens": steps * ROWS * LENGTH, "seconds": round(seconds)}
 
 
 def model_card(facts: dict) -> str:
@@ -131,19 +70,25 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     split = documents(args.english)
-    if not split["train_english"]:
-        parser.error(f"no *.txt.gz in {args.english}")
     model, tokenizer = load_model("draft")
     draft = SortedDraft(model, EXITS)
-    texts = split["train_english"] * 2 + split["train_code"]  # English twice: there is less of it
-    random.Random(1).shuffle(texts)
-    ids = torch.from_numpy(encode(tokenizer, texts))
-    before = {f"before_{k}": bits_per_byte(draft, tokenizer, split[f"held_out_{k}"]) for k in ("english", "code")}
-    facts = train(draft, ids, args.work, args.steps) | before
-    draft.to(torch.bfloat16).float()  # as shipped: rounded to bf16
-    facts |= {
-        f"bits_per_byte_{k}": bits_per_byte(draft, tokenizer, split[f"held_out_{k}"]) for k in ("english", "code")
-    }
+    ids = token_stream(tokenizer, training_texts(split, 1))
+
+    def held_out(kind: str) -> list[float]:
+        return bits_per_byte(draft.exit_logits, tokenizer, split[f"held_out_{kind}"])
+
+    before = {f"before_{kind}": held_out(kind) for kind in ("english", "code")}
+    log = train_steps(
+        draft,
+        lambda step: draft.sorted_loss(rows_of(ids, ROWS, LENGTH, step)),
+        steps=args.steps,
+        lr=PEAK_LR,
+        say=lambda text: print(text, flush=True),
+        checkpoint=args.work / "sorted-draft.pt",
+    )
+    draft.eval().to(torch.bfloat16).float()  # as shipped: rounded to bf16
+    facts = {"steps": args.steps, "tokens": args.steps * ROWS * LENGTH, "seconds": round(log["seconds"])} | before
+    facts |= {f"bits_per_byte_{kind}": held_out(kind) for kind in ("english", "code")}
     facts["parameters"] = sum(p.numel() for p in draft.parameters())
     draft.to(torch.bfloat16).save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

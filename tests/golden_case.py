@@ -107,6 +107,19 @@ class GoldenCase:
             f"{self.slug}/{self.name} {name}: error {error:.2e} of scale {scale:.3g} > {tolerance:g}"
         )
 
+    def compare_sample(self, name: str, actual: Tensor, *, places: int = 256, tolerance: float = 1e-4) -> None:
+        """``compare`` for an output too large to be stored whole.
+
+        Args:
+            name: ``<name>.slice`` holds evenly spaced values, ``<name>.stat`` mean, deviation and largest absolute value.
+            actual: All of it, in the stored layout.
+            places: How many values.
+            tolerance: Of the values.
+        """
+        flat = actual.reshape(-1)
+        self.compare(f"{name}.slice", flat[:: max(1, flat.numel() // places)][:places], tolerance=tolerance)
+        self.compare(f"{name}.stat", torch.stack([flat.mean(), flat.std(), flat.abs().max()]))
+
 
 def golden_cases(slug: str) -> list[str]:
     """Names of the stored cases of a method."""

@@ -97,8 +97,16 @@ def test_create_works_cold():
 def test_unknown_names_are_refused_with_near_ones():
     with pytest.raises(ValueError, match="did you mean.*poolformer"):
         card("poolfromer")
-    with pytest.raises(ValueError, match="no method is called"):
-        create("no-such-thing-at-all")
+    with pytest.raises(ValueError, match="no method, model or mixer is called 'qqqq'; `tokenry list`"):
+        create("qqqq")
+    for wrong, right in [
+        ("EMS", "ems"),
+        ("token_recycling", "token-recycling"),
+        ("afnet_t", "affnet_t"),
+        ("super_tokn", "super_token"),
+    ]:
+        with pytest.raises(ValueError, match=f"did you mean {right}[,?]"):
+            create(wrong)
 
 
 @pytest.mark.parametrize(
@@ -140,5 +148,16 @@ def test_other_packages_add_methods(monkeypatch):
     cards.cache_clear()
     try:
         assert cards()["their-method"] is extra
+    finally:
+        cards.cache_clear()
+
+
+def test_a_package_with_a_broken_card_is_named(monkeypatch):
+    entry = importlib.metadata.EntryPoint("theirs", "no_such_package:CARD", "tokenry.methods")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    cards.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="theirs = no_such_package:CARD.*brings no card: ModuleNotFoundError"):
+            cards()
     finally:
         cards.cache_clear()

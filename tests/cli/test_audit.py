@@ -59,7 +59,7 @@ def test_text_before_the_forced_token(monkeypatch):
     [
         (("draft", "--dtype", "int8"), "--dtype must be"),
         (("draft", "--threshold", "1.5"), "threshold must lie in"),
-        (("draft", "--batch-size", "0"), "batch_size must be at least 1"),
+        (("draft", "--batch-size", "0"), "greater than or equal to 1"),
         (("no-such-folder-here",), "cannot load a causal language model"),
     ],
 )

@@ -123,3 +123,25 @@ def test_does_not_write_into_another_file(call, tmp_path, monkeypatch):
     done = call(GOOD[2])
     assert isinstance(done.exception, ValueError) and "holds something else" in str(done.exception)
     assert (tmp_path / "out.jsonl").read_text("utf-8") == "dear diary\n"
+
+
+def test_a_folder_for_the_answers_is_made_and_none_is_taken_for_a_file(call, tmp_path):
+    assert call(GOOD[2], more=["--max-new-tokens", 2], out="new/folder/out.jsonl").exit_code == 0
+    assert (tmp_path / "new/folder/out.jsonl").read_text("utf-8").count("\n") == 1
+    done = call(GOOD[2], out="new")
+    assert isinstance(done.exception, ValueError) and "is a folder; name a file in it" in str(done.exception)
+
+
+def test_a_request_beyond_learned_positions_stops_no_other(call, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 4096}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "model")
+    load_model("draft")[1].save_pretrained(tmp_path / "model")
+    lines = [
+        {"id": "long", "ids": [5] * 30, "max_new_tokens": 10},
+        {"id": "fits", "ids": [5] * 20, "max_new_tokens": 3},
+    ]
+    done = call(*lines, more=["--model", tmp_path / "model"])
+    assert done.exit_code == 1 and "reaches 39 tokens, the model has 32 positions" in " ".join(done.stderr.split())
+    assert set(answers(tmp_path)) == {"fits"}

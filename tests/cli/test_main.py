@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from tokenry.catalog import card, cards
 from tokenry.cli import app, main
 from tokenry.evidence import Record, save_user
 
@@ -30,7 +32,8 @@ def test_search():
 def test_show():
     found = json.loads(call("show", "ems", "--json").stdout)
     assert found["card"]["slug"] == "ems" and found["card"]["claims"]
-    assert "EMSCache" in call("show", "ems").stdout
+    shown = runner.invoke(app, ["show", "ems"], env={"COLUMNS": "60"}).stdout
+    assert all(line in shown.splitlines() for line in card("ems").snippet.strip().splitlines())  # none is cut or padded
 
 
 def test_status_is_computed_from_records():
@@ -41,12 +44,15 @@ def test_status_is_computed_from_records():
     save_user([Record(slug="ems", check="golden", id="a-case-of-mine", passed=False)])
     after = golden()
     assert (after["run"], after["passed"]) == (before["run"] + 1, before["passed"])
-    assert "ems" in call("status").stdout
+    shown = runner.invoke(app, ["status"], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert (
+        sum(line.startswith("ems ") for line in shown) == 1 and len(shown) < len(cards()) + 5
+    )  # a line for each method
+    assert not any("…" in line for line in shown)
 
 
 def test_verify_fails_when_a_claim_does_not_show(monkeypatch):
     from tokenry import claims
-    from tokenry.catalog import card
     from tokenry.claims import registry
 
     claim = next(c for c in card("ems").claims if c.runs == "cpu")
@@ -71,6 +77,9 @@ def test_verify_fails_when_a_claim_does_not_show(monkeypatch):
         (["compare", "decoding", "--set", "nonsense"], "name=value"),
         (["list", "--family", "nonsense"], "families:"),
         (["verify", "nonsense"], "no method is called"),
+        (["compare", "decoding", "--device", "nonsense"], "--device 'nonsense': PyTorch cannot use it here"),
+        (["compare", "decoding", "--dtype", "float64"], "--dtype must be float32"),
+        (["demo", "--kinds", "losses,nonsense"], "no comparison is called 'nonsense'"),
         (["report", "--run", "no-such-folder"], "holds no result.json"),
     ],
 )
@@ -83,6 +92,47 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, says):
     assert says in " ".join(error.split()) and "Traceback" not in error
 
 
+def test_verify_says_where_it_wrote(monkeypatch):
+    from tokenry import claims
+    from tokenry.claims import registry
+
+    claim = next(c for c in card("ems").claims if c.runs == "cpu")
+    record = Record(slug="ems", check=claim.kind, id=claim.id, passed=True, sentence="as measured")
+    monkeypatch.setattr(claims, "verify", lambda *a, **k: iter([registry.Outcome("ems", claim, record=record)]))
+    assert "recorded in" not in call("verify", "ems", "--record", "none").stdout
+    assert "recorded in" in call("verify", "ems").stdout
+
+
+def test_methods_whose_names_hold_commas(monkeypatch):
+    from tokenry import compare
+
+    class Asked(Exception):
+        pass
+
+    def asked(kind, **options):
+        raise Asked(options["methods"])
+
+    monkeypatch.setattr(compare, "compare", asked)
+    done = call("compare", "decoding", "--methods", "prompt lookup,token recycling, hot,  batch_generate")
+    assert done.exception.args == (["prompt lookup", "token recycling, hot", "batch_generate"],)
+
+
 def test_report(tmp_path):
     assert call("report", "--out", str(tmp_path)).exit_code == 0
     assert (tmp_path / "index.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_brackets_in_an_error_are_no_markup(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tokenry", "compare", "decoding", "--set", "[/bold][red]x"])
+    with pytest.raises(SystemExit):
+        main.run()
+    assert "[/bold][red]x" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    for arguments in (["detect", str(text)], ["audit", "small"], ["batch", str(text), "--out", str(tmp_path / "out")]):
+        with pytest.raises(ValueError, match="no CUDA device"):
+            app([*arguments, "--device", "cuda"], standalone_mode=False)

@@ -13,6 +13,7 @@ from tokenry.cli import app
 from tokenry.cli.main import run
 from tokenry.vision import load_dlgsanet, upscale_image
 from tokenry.vision.dlgsanet import DLGSANet
+from tokenry.vision.dlgsanet_pretrained import DLGSANetForImageSuperResolution
 
 pytestmark = pytest.mark.method("dlgsanet")
 runner = CliRunner()
@@ -44,6 +45,16 @@ def pictures(tmp_path):
     photographs[2].putalpha(100)
     photographs[2].save(tmp_path / "in" / "alpha.webp", lossless=True)
     return tmp_path / "in"
+
+
+def test_a_folder_of_save_pretrained(pictures, weights, tmp_path):
+    model = DLGSANetForImageSuperResolution.from_checkpoint(weights, tlc=False)
+    model.save_pretrained(tmp_path / "folder")
+    arguments = ["--checkpoint", str(tmp_path / "folder"), "--out", str(tmp_path / "out")]
+    done = runner.invoke(app, ["upscale", str(pictures / "ship.png"), *arguments])
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "out" / "ship_x2.png") as result, Image.open(pictures / "ship.png") as picture:
+        assert np.array_equal(np.asarray(result), np.asarray(upscale_image(model.dlgsanet, picture)))
 
 
 def test_pictures_of_the_library(call, pictures, weights, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -95,8 +93,43 @@ def test_refuses(options, message):
         compare("decoding", quiet=True, **options)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "{broken", json.dumps([{"question": "x"}])])
-def test_refuses_files(tmp_path, text):
-    (tmp_path / "p").write_text(text)
-    with pytest.raises(ValueError, match="every entry must be|not"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "p is empty"),
+        (b"[]", "p is an empty list"),
+        (b'["a", 2]', "every entry must be a text, or an object with 'prompt'; entry 2 of 2 is 2"),
+        (b"{broken", "looks like JSON but is not"),
+        (b'[{"question": "x"}]', r"entry 1 of 1 is {\"question\""),
+        (b"\xcd\xfa", "p is not UTF-8 text"),
+    ],
+)
+def test_refuses_files(tmp_path, content, message):
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / "p"))
+
+
+def test_a_small_context(tmp_path):
+    """Prompts are cut and said to be; sizes without room are left out of the growth; no room at all is refused."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from tokenry.assets import model_path
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 4096}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "model")
+    options = {"quiet": True, "repeats": 1, "effort": "demo", "model": str(tmp_path / "model")}
+    options |= {"data": str(tmp_path / "prompts.txt"), "methods": ["prompt lookup"]}
+    (tmp_path / "prompts.txt").write_text("one two three four five six seven eight nine ten " * 30 + "\nshort\n")
+    with pytest.raises(ValueError, match="there is no tokenizer"):
+        compare("decoding", **options)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path / "model")
+    result = compare("decoding", **options, settings={"new_tokens": 8, "sweep": "4,40,200"})
+    notes = " ".join(result.outcome.notes)
+    assert "1 prompt(s) were cut" in notes and "200 new tokens do not fit" in notes
+    assert [size for size, _ in result.outcome.sweeps[0].points[GREEDY]] == [4, 40]
+    with pytest.raises(
+        ValueError, match="leave no room for a prompt in the model's context of 64 tokens; lower new_tokens to 47"
+    ):
+        compare("decoding", **options, settings={"new_tokens": 64})

@@ -51,7 +51,7 @@ def test_a_choice_of_methods():
     [
         ({"methods": ["cutt"]}, "no method is called 'cutt'; known: dense"),
         ({"methods": ["cut, triton"]}, "cannot run on cpu: needs CUDA"),
-        ({"methods": ["dense, compiled"]}, "use effort=full"),
+        ({"methods": ["dense, compiled"]}, "leave --quick away"),
         ({"methods": ["liger"]}, "liger"),
         ({"settings": {"vocab": 1}}, "at least 2"),
         ({"settings": {"vocab": "many"}}, "setting vocab='many'"),

@@ -119,7 +119,7 @@ def test_parquet_files(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["pooling"]}, "no method is called 'pooling'; known: identity, aff"),
+        ({"methods": ["pooling"]}, "no method is called 'pooling'; known: identity; aff"),
         ({"settings": {"depth": 3}}, "mixers has no setting 'depth'"),
         ({"settings": {"epochs": 0}}, "epochs must be at least 1"),
         ({"settings": {"dims": "8"}}, "one positive entry per stage"),

@@ -63,6 +63,35 @@ def test_settings_take_the_type_of_their_default():
         Toy().check(Options(settings={"factor": "x"}))
 
 
+def test_changed_data_is_measured_again(toy, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("first")
+
+    def go():
+        before = len(list(tmp_path.glob("run/steps-*")))
+        compare("toy", out=tmp_path / "run", data=str(data), quiet=True)
+        return len(list(tmp_path.glob("run/steps-*"))) - before
+
+    assert (go(), go()) == (1, 0)
+    data.write_text("another")
+    assert go() == 1
+
+
+def test_names_that_hold_commas_stay_whole():
+    class Commas(Toy):
+        def methods(self):
+            return ["one", "one, cold", "two, and, more"]
+
+    assert Commas().named("one,one, cold ,two,and,more,,x") == ["one", "one, cold", "two, and, more", "x"]
+
+
+def test_wrong_options_are_one_sentence(toy):
+    with pytest.raises(ValueError, match=r"^toy: dtype='float64': Input should be"):
+        compare("toy", dtype="float64")
+    with pytest.raises(ValueError, match=r"^toy: there is no option 'effrt'; options: model, data"):
+        compare("toy", effrt="demo")
+
+
 def test_options_are_strict():
     with pytest.raises(ValueError):
         Options(repeats=0)

@@ -60,6 +60,18 @@ BACKBONES: dict[str, Tiny] = {
         "stvit", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3), "head_width": 32}
     ),
     "stvit_r_swin_small": Tiny("stvit-r", {"depths": (1, 2, 6, 1), "embed_dim": 8, "num_heads": (1, 2, 2, 4)}),
+    "stvit_r_swin_small_dense": Tiny(
+        "stvit-r",
+        {
+            "depths": (1, 2, 6, 1),
+            "embed_dim": 8,
+            "num_heads": (1, 2, 2, 4),
+            "window": 3,
+            "samples": 2,
+            "surroundings": (4, 5, 4),
+            "feature_norms": False,
+        },
+    ),
     "stvit_deit_tiny": Tiny(
         "stvit-r",
         {"img_size": 64, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 5, "full_depth": 1},

@@ -14,11 +14,15 @@ from tiny_causal import tiny_causal, tokens
 from tokenry.kvcache import (
     CompressedCache,
     EMSCache,
+    ExpectedAttentionCache,
     GlobalCache,
     H2OCache,
+    KeyDiffCache,
+    KeyNormCache,
     SinkCache,
     SlidingWindowCache,
     SnapKVCache,
+    TOVACache,
     cache_bytes,
 )
 from tokenry.layers.cache_argument import CACHE
@@ -27,10 +31,14 @@ CACHES = {
     "ems": lambda config, budget, **k: EMSCache(config=config, budget=budget, window=4, **k),
     "ems-sum": lambda config, budget, **k: EMSCache(config=config, budget=budget, window=4, combine="sum", **k),
     "ems-evict-only": lambda config, budget, **k: EMSCache(config=config, budget=budget, window=4, merge_ratio=0, **k),
+    "expected": lambda config, budget, **k: ExpectedAttentionCache(config, budget, window=3, future=20, **k),
     "global": lambda config, budget, **k: GlobalCache(config, budget, window=4, **k),
     "h2o": lambda config, budget, **k: H2OCache(config, budget, window=4, **k),
+    "keydiff": lambda config, budget, **k: KeyDiffCache(config, budget, **k),
+    "keynorm": lambda config, budget, **k: KeyNormCache(config, budget, window=4, **k),
     "sinks": lambda config, budget, **k: SinkCache(config, budget, sinks=2, **k),
     "snapkv": lambda config, budget, **k: SnapKVCache(config, budget, window=4, pool=3, **k),
+    "tova": lambda config, budget, **k: TOVACache(config, budget, **k),
     "window": lambda config, budget, **k: SlidingWindowCache(config, budget, **k),
 }
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "opt", "qwen3"]

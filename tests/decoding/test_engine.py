@@ -35,6 +35,7 @@ def ancestors(parent, node):
 @given(parents())
 def test_tree_is_what_its_parents_say(parent):
     tree = DraftTree(parent)
+    assert tree.is_chain == (parent == list(range(-1, len(parent) - 1)))
     for node in range(len(parent)):
         path = ancestors(parent, node)
         assert tree.path_lists[node] == path

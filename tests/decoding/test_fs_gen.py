@@ -29,7 +29,7 @@ from tokenry.decoding import (
     fuse_contrastive,
     fuse_proxy,
 )
-from tokenry.decoding.fs_gen import check_same_tokens
+from tokenry.decoding.same_vocabulary import check_shared_ids
 from tokenry.layers.cache_argument import CACHE
 
 pytestmark = pytest.mark.method("fs-gen")
@@ -701,7 +701,7 @@ def test_refuses(make, message):
 
 def test_refuses_tokenizers_that_differ():
     _, mine = load_model("draft")
-    check_same_tokens(mine, load_model("small")[1])
+    check_shared_ids(mine, load_model("small")[1])
 
     class Shifted:
         all_special_ids = ()

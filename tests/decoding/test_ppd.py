@@ -107,6 +107,7 @@ def test_golden(name, attention):
     assert torch.equal(out[:-1], case.outputs["sequence"])
     assert torch.equal(out, greedy(model, case.inputs["prompt"][None], new)[0])
     assert [count for (count,) in strategy.stats.accepted] == [1, *accepted]
+    assert strategy.stats.prefill_passes == 0  # the prompt tokens behind the root are a chain: the prompt goes along
     # A state is known after every pass but the last.
     assert [d for (d,) in watch.states] == [3, *case.outputs["state_after_step"].tolist()[:-1]]
     case.compare("first.logits", watch.logits[0][:, :1])

@@ -107,8 +107,9 @@ def test_weights_of_the_newest_alone_are_a_plain_chain():
 
 
 @pytest.mark.parametrize("mixed", [None, [False, True, False, True], [False] * 4, [True, False, True, True]])
+@pytest.mark.parametrize("last_sum", [False, True])
 @torch.no_grad()
-def test_starts_as_a_residual_net(mixed):
+def test_starts_as_a_residual_net(mixed, last_sum):
     token, channel = MIXERS
     present = [True] * 4 if mixed is None else mixed
     y = X
@@ -116,13 +117,29 @@ def test_starts_as_a_residual_net(mixed):
         y = y + token(y)
         y = y + channel(y) if here else y
     y = y + token(y)
-    y = channel(y) if present[-1] else y  # the last channel mixer stands alone
-    start = DenseAverage(4, mixed).double()
+    if present[-1]:
+        y = channel(y) + (y if last_sum else 0.0)  # without a last sum the last channel mixer stands alone
+    start = DenseAverage(4, mixed, last_sum).double()
     torch.testing.assert_close(start(X, [token] * 4, [channel if here else torch.clone for here in present]), y)
 
 
+@torch.no_grad()
+def test_last_sum_takes_every_output_by_its_weight():
+    token, channel = MIXERS
+    average = DenseAverage(2, last_sum=True).double()
+    assert sum(p.numel() for p in average.parameters()) == 14 + 6
+    tokens, channels = [X], [X]
+    for layer in (1, 2):
+        tokens.append(token(average.token_input(layer, tokens, channels)))
+        channels.append(channel(average.channel_input(layer, tokens, channels)))
+    average.alpha[2].copy_(torch.tensor([1.0, 2.0, 3.0]))
+    average.beta[2].copy_(torch.tensor([4.0, 5.0, 6.0]))
+    y = 1 * X + 2 * tokens[1] + 3 * tokens[2] + 4 * X + 5 * channels[1] + 6 * channels[2]
+    torch.testing.assert_close(average(X, [token] * 2, [channel] * 2), y)
+
+
 def test_every_weight_gets_a_gradient():
-    average = DenseAverage(3)
+    average = DenseAverage(3, last_sum=True)
     average(X.float(), [torch.tanh] * 3, [torch.sin] * 3).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in average.parameters())
 

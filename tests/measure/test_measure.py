@@ -15,8 +15,12 @@ from tokenry.measure import (
     describe_machine,
     fit_exponent,
     interleave,
+    mean_interval,
     package_versions,
+    paired_interval,
     peak_extra_memory,
+    standard_error,
+    whole_file,
 )
 
 
@@ -122,3 +126,33 @@ def test_crossing():
     assert crossing(sizes, [s / 100 for s in sizes], quadratic) == 1.0
     with pytest.raises(ValueError, match="two sizes"):
         crossing([1], [1], [2])
+
+
+def test_a_mean_and_how_sure_it_is():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0]
+    error = standard_error(values)
+    assert error == pytest.approx(torch.tensor(values).std().item() / 5**0.5)
+    assert mean_interval(values) == pytest.approx((2.8, 1.96 * error))
+    shifted = [value - 2.0 for value in values]
+    assert paired_interval(values, shifted) == pytest.approx((2.0, 0.0))  # the cases' own spread does not count
+    with pytest.raises(ValueError, match="at least two values, got 1"):
+        mean_interval([1.0])
+    with pytest.raises(ValueError):
+        paired_interval([1.0, 2.0], [1.0])
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    file = tmp_path / "state.json"
+    file.write_text("old")
+
+    def write(text, stop):
+        with whole_file(file) as unfinished:
+            unfinished.write_text(text)
+            if stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write("half", stop=True)
+    assert file.read_text() == "old"
+    write("new", stop=False)
+    assert file.read_text() == "new" and [file] == list(tmp_path.iterdir())

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from golden_case import GoldenCase
 from tokenry.layers import SwinBlock
-from tokenry.mixers import RecoverBlock, SemanticTokenMixer, SemanticTokens
+from tokenry.layers.window_surroundings import pool_cells
+from tokenry.mixers import DenseSemanticTokenMixer, RecoverBlock, SemanticTokenMixer, SemanticTokens, SurroundingsBlock
+from tokenry.mixers.dense_semantic_token import fixed_cells
 
 pytestmark = pytest.mark.method("stvit-r")
 
@@ -60,6 +62,21 @@ def test_golden_recover_block(record_property):
     case = GoldenCase("stvit-r", "recover_block")
     block = loaded(RecoverBlock(32, 4), case)
     case.compare("y", block(case.inputs["x"], case.inputs["s"]))
+    record_property("worst_error", case.worst)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "surroundings"), [("dense_semantic_block", 14), ("dense_gather_block", 21)])
+@torch.inference_mode()
+def test_golden_surroundings(name, surroundings, record_property):
+    case = GoldenCase("stvit-r", name)
+    block = loaded(SurroundingsBlock(32, 4, window=3, key_window=7, surroundings=surroundings), case)
+    x = case.inputs["x"].unflatten(1, (14, 31))
+    if "s" in case.inputs:
+        s = case.inputs["s"].unflatten(1, (6, 15))[:, :, :14]  # the last column is padding's
+    else:
+        s = pool_cells(x, fixed_cells(14, 7, 3), fixed_cells(31, 7, 3))
+    case.compare("y", block(s, x))
     record_property("worst_error", case.worst)
 
 
@@ -127,6 +144,80 @@ def test_unit_is_its_six_blocks():
         local[:, group] = unit.within(s[:, group])
     image = unit.recover(image, unit.among(local))
     torch.testing.assert_close(unit(x), image.transpose(1, 2).unflatten(2, (14, 14)))
+
+
+def slow_surroundings(block, x, context):
+    """Window by window, (H, W, C) asking (H', W', C); what is outside of a map is not there at all."""
+    w, k, y = block.window, block.key_window, x.clone()
+    before = (block.surroundings - k) // 2
+    after = block.surroundings - k - before
+    for i in range(-(-x.shape[0] // w)):
+        for j in range(-(-x.shape[1] // w)):
+            own = slice(i * w, (i + 1) * w), slice(j * w, (j + 1) * w)
+            seen = context[
+                max(i * k - before, 0) : (i + 1) * k + after, max(j * k - before, 0) : (j + 1) * k + after
+            ].flatten(0, 1)
+            a = attention(block, block.norm1(x[own].flatten(0, 1)), block.norm1(seen))
+            y[own] += block.ls1(a).view_as(y[own])
+    return y + block.ls2(block.mlp(block.norm2(y)))
+
+
+def slow_dense_unit(unit, x):
+    """The six blocks on one map (C, H, W), written as the equations."""
+    w, r = unit.window, unit.samples
+    x = unit.swin(x.permute(1, 2, 0)[None])[0]
+    cells = [[], []]  # along both axes, the positions of each cell that has any
+    for axis in (0, 1):
+        for start in range(0, x.shape[axis], w):
+            for i in range(r):
+                places = range(start + i * w // r, start + math.ceil((i + 1) * w / r))
+                cells[axis].append([place for place in places if place < x.shape[axis]])
+    rows, columns = ([cell for cell in found if cell] for found in cells)
+    s = torch.stack([torch.stack([x[row][:, column].amax((0, 1)) for column in columns]) for row in rows])
+    s = slow_surroundings(unit.generate, s, x)
+    s = slow_surroundings(unit.gather, s, x)
+    s = slow_surroundings(unit.within, s, s)
+    s = unit.among(s.flatten(0, 1)[None])[0].view_as(s)
+    return slow_surroundings(unit.recover, x, s).permute(2, 0, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 16), width=st.integers(1, 16), window=st.integers(1, 7), samples=st.integers(1, 4),
+    wider=st.tuples(st.integers(0, 7), st.integers(0, 12), st.integers(0, 5)), batch=st.integers(1, 2),
+)  # fmt: skip
+@torch.no_grad()
+def test_dense_unit_is_its_equation(height, width, window, samples, wider, batch):
+    samples = min(samples, window)
+    surroundings = (window + wider[0], window + wider[1], samples + wider[2])
+    unit = random_weights(
+        DenseSemanticTokenMixer(8, 2, window=window, samples=samples, surroundings=surroundings), seed=3
+    )
+    x = torch.randn(batch, 8, height, width, generator=torch.Generator().manual_seed(height * 17 + width))
+    y = unit(x)
+    for image, found in zip(x, y, strict=True):
+        torch.testing.assert_close(found, slow_dense_unit(unit, image), rtol=1e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_dense_unit_looks_no_further_than_its_surroundings():
+    unit = random_weights(DenseSemanticTokenMixer(8, 2))
+    unit.among.ls1.gamma.zero_()  # the one block that looks at everything
+    x = torch.randn(1, 8, 7, 140)
+    other = x.clone()
+    other[..., 133:] = torch.randn(1, 8, 7, 7)  # the last of 20 windows
+    changed = (unit(x) - unit(other)).abs().amax((0, 1, 2)).unflatten(0, (20, 7)).amax(1) > 1e-6
+    # recovery sees four windows to each side, and what made their tokens saw a whole one more at most
+    assert changed[15:].all() and not changed[:14].any()
+
+
+@torch.no_grad()
+def test_dense_unit_recovers_as_the_classifiers_where_it_sees_everything():
+    dense, plain = random_weights(DenseSemanticTokenMixer(8, 2)), SemanticTokenMixer(8, 2).eval()
+    plain.load_state_dict(dense.state_dict())  # equal names and shapes
+    x, s = torch.randn(2, 14, 14, 8), torch.randn(2, 6, 6, 8)
+    expected = plain.recover(x.flatten(1, 2), s.flatten(1, 2)).view_as(x)
+    torch.testing.assert_close(dense.recover(x, s), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -213,6 +304,11 @@ def test_drawing_shows_where_tokens_look():
         (lambda: SemanticTokens(8, 3), "num_heads must divide dim=8, got num_heads=3; use num_heads=2"),
         (lambda: SemanticTokenMixer(8, window=2), "samples must be from 1 to the window's side of 2, got 3"),
         (lambda: SemanticTokenMixer(8, drop_path=[0.1, 0.2]), "each of the six blocks, got 2"),
+        (lambda: DenseSemanticTokenMixer(8, samples=8), "samples must be from 1 to the window's side of 7, got 8"),
+        (lambda: DenseSemanticTokenMixer(8, surroundings=(14, 21)), r"sides of three windows, got \(14, 21\)"),
+        (lambda: DenseSemanticTokenMixer(8, surroundings=(14, 6, 27)), "surroundings of 6 do not hold the window of 7"),
+        (lambda: DenseSemanticTokenMixer(8, drop_path=[0.1, 0.2]), "each of the six blocks, got 2"),
+        (lambda: DenseSemanticTokenMixer(8)(torch.zeros(1, 14, 14, 8)), r"with C=8, got \(1, 14, 14, 8\)"),
         (lambda: SwinBlock(8, window=4, shift=4), "shift from 0 to window - 1, got 4 and 4"),
         (lambda: SemanticTokens(8)(torch.zeros(1, 196, 8)), r"maps \(B, C, H, W\) with C=8, got \(1, 196, 8\)"),
         (lambda: SemanticTokenMixer(8)(torch.zeros(1, 14, 14, 8)), r"with C=8, got \(1, 14, 14, 8\)"),
@@ -223,8 +319,9 @@ def test_rejects(make, message):
         make()
 
 
-def test_rates_reach_the_six_blocks():
-    unit = SemanticTokenMixer(8, drop_path=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5], proj_drop=0.2, attn_drop=0.1)
+@pytest.mark.parametrize("mixer", [SemanticTokenMixer, DenseSemanticTokenMixer])
+def test_rates_reach_the_six_blocks(mixer):
+    unit = mixer(8, drop_path=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5], proj_drop=0.2, attn_drop=0.1)
     blocks = [unit.swin, unit.generate, unit.gather, unit.within, unit.among, unit.recover]
     rates = [getattr(getattr(b, "drop_path", None) or b.drop_path1, "drop_prob", 0.0) for b in blocks]
     assert rates == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from golden_case import GoldenCase
 from tokenry.measure import count_macs
 from tokenry.mixers import GlobalMHRA, LocalMHRA, WindowMHRA
-from tokenry.vision.uniformer import GlobalBlock, LocalBlock, rename
+from tokenry.vision.uniformer import rename
+from tokenry.vision.uniformer_blocks import GlobalBlock, LocalBlock
 
 pytestmark = pytest.mark.method("uniformer")
 

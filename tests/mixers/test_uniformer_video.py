@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from golden_case import GoldenCase
 from tokenry.layers import ConvPosEnc, Pointwise3d
 from tokenry.measure import count_macs
-from tokenry.mixers import DividedMHRA3d, GlobalMHRA3d, LocalMHRA3d, list_mixers
+from tokenry.mixers import DividedMHRA3d, GlobalMHRA, GlobalMHRA3d, LocalMHRA3d, list_mixers
 from tokenry.vision import metaformer
-from tokenry.vision.uniformer_video import _ours, inflate
-from tokenry.vision.uniformer_video_blocks import GlobalBlock3d, LocalBlock3d
+from tokenry.vision.uniformer_blocks import GlobalBlock, LocalBlock
+from tokenry.vision.uniformer_video_blocks import DividedBlock
+from tokenry.vision.uniformer_video_weights import inflate, rename_clip
 
 pytestmark = pytest.mark.method("uniformer-video")
 
@@ -34,15 +35,15 @@ def made(kind, *args, **kwargs):
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        ("cblock3d", lambda: LocalBlock3d(8)),
-        ("sablock3d", lambda: GlobalBlock3d(16, 8)),
-        ("split_sablock3d", lambda: GlobalBlock3d(16, 8, split=True)),
+        ("cblock3d", lambda: LocalBlock(8, frames=True)),
+        ("sablock3d", lambda: GlobalBlock(16, 8, frames=True)),
+        ("split_sablock3d", lambda: DividedBlock(16, 8)),
     ],
 )
 @torch.no_grad()
 def test_golden_blocks(name, make, record_property):
     case, block = GoldenCase("uniformer-video", name), make().eval()
-    renamed = _ours({f"blocks3.0.{key}": value for key, value in case.state_dict().items()})
+    renamed = rename_clip({f"blocks3.0.{key}": value for key, value in case.state_dict().items()})
     found = block.load_state_dict({k.removeprefix("stages.2.blocks.0."): v for k, v in renamed.items()}, False)
     assert not found.unexpected_keys
     assert all(key.endswith("num_batches_tracked") for key in found.missing_keys)
@@ -88,7 +89,7 @@ sizes = {"frames": st.integers(1, 3), "height": st.integers(1, 3), "width": st.i
 def test_global_is_the_equation(frames, height, width):
     mixer, x = made(GlobalMHRA3d, 4, 2), torch.randn(2, 4, frames, height, width, dtype=torch.float64)
     for one, y in zip(x, mixer(x), strict=True):
-        torch.testing.assert_close(y.flatten(1).T, slow_attention(mixer.attention, one.flatten(1).T))
+        torch.testing.assert_close(y.flatten(1).T, slow_attention(mixer, one.flatten(1).T))
 
 
 @given(**sizes)
@@ -211,7 +212,7 @@ def test_received_attention_sums_to_one():
     received = mixer.token_maps(x)["attention"]
     assert received.shape == (2, 3, 2, 5)
     torch.testing.assert_close(received.sum((1, 2, 3)), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(received.flatten(1), mixer.attention.token_maps(x.flatten(2).mT)["attention"])
+    torch.testing.assert_close(received.flatten(1), GlobalMHRA.token_maps(mixer, x.flatten(2).mT)["attention"])
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -1,14 +1,16 @@
 """The page works in a real browser: search finds, pages open, nothing errs, phones can read it."""
 
+import io
 import shutil
 
 import pytest
+from rich.console import Console
 
 from tokenry.compare.kind import Column, Options, Outcome, Plot, Sweep
 from tokenry.compare.run import Result
 from tokenry.evidence import Record
 from tokenry.measure import describe_machine
-from tokenry.report import build_report
+from tokenry.report import build_report, print_result
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -49,6 +51,15 @@ def page_path(tmp_path_factory):
         Record(slug="ems", check="speed", id="forward", passed=False, value=0.9, sentence="slower"),
     ]
     return build_report(tmp_path_factory.mktemp("report"), [result()], records)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_headings_of_the_terminal_are_never_cut(width):
+    titles = ["Text identical", "Perplexity of the new text", "Passes", "Accepted length", "Multiply-accumulates"]
+    columns = [Column(key="speed", title=title, unit="tokens/pass", better="lower") for title in titles]
+    console = Console(width=width, file=io.StringIO())
+    print_result(result().model_copy(update={"columns": columns}), console)
+    assert "…" not in console.file.getvalue()
 
 
 def test_page_is_one_file_without_network(page_path):

@@ -46,7 +46,7 @@ def tiny(**settings) -> ITransformerForPrediction:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name, record_property):
+def test_golden(name):
     case = GoldenCase("itransformer", name)
     model = ITransformerForPrediction(ITransformerConfig(**CASES[name])).eval()
     model.load_state_dict(checkpoint_filter_fn(case.state_dict(), model), strict=True)
@@ -58,7 +58,6 @@ def test_golden(name, record_property):
             full = model(case.inputs["x"], case.inputs["x_mark"], output_attentions=True)
             case.compare("attn0", full.attentions[0])
             case.compare("y", full.prediction_outputs)
-    record_property("worst", case.worst)
 
 
 def splits() -> dict:

@@ -26,11 +26,11 @@ def past(batch=2, series=3, steps=16, seed=1):
     return torch.randn(batch, steps, series, generator=torch.Generator().manual_seed(seed)) * 2 + 3
 
 
-@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize(("average", "last_sum"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("channel_mixer", ["selective", "mlp", "none"])
 @torch.no_grad()
-def test_the_layers_are_the_equations(channel_mixer, average):
-    model, x = tiny(channel_mixer=channel_mixer, average=average, num_input_channels=3), past()
+def test_the_layers_are_the_equations(channel_mixer, average, last_sum):
+    model, x = tiny(channel_mixer=channel_mixer, average=average, last_sum=last_sum, num_input_channels=3), past()
     loc, scale = x.mean(1), (x.var(1, correction=0) + 1e-5).sqrt()
     v = torch.zeros(2, 3, 4, 6)  # (B, M, P, d)
     for b in range(2):
@@ -69,6 +69,9 @@ def test_the_layers_are_the_equations(channel_mixer, average):
             into = sum(th[i] * t[i] for i in range(layer + 2)) + sum(g[i] * c[i] for i in range(layer + 1))
             c.append(channel(layer, into))
         v = c[-1]
+        if last_sum:
+            a, b = model.average.alpha[2], model.average.beta[2]
+            v = sum(a[i] * t[i] + b[i] * c[i] for i in range(3))
     else:
         for layer in range(2):
             v = v + token(layer, v)

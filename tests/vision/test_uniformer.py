@@ -13,7 +13,8 @@ from tokenry.measure import count_macs
 from tokenry.mixers import WindowMHRA
 from tokenry.vision import UniFormer, UniFormerLight, uniformer_light
 from tokenry.vision.token_labeling import TokenLabels, swap_box
-from tokenry.vision.uniformer import GlobalBlock, checkpoint_filter_fn
+from tokenry.vision.uniformer import checkpoint_filter_fn
+from tokenry.vision.uniformer_blocks import GlobalBlock
 from tokenry.vision.uniformer_light import Guided, PrunedBlock, pool_guide
 
 pytestmark = pytest.mark.method("uniformer")

@@ -21,8 +21,9 @@ from tokenry.vision import (
     uniformer_video_b,
     uniformer_video_s,
 )
+from tokenry.vision.uniformer_blocks import GlobalBlock
 from tokenry.vision.uniformer_video import checkpoint_filter_fn, inflate
-from tokenry.vision.uniformer_video_blocks import GlobalBlock3d
+from tokenry.vision.uniformer_video_blocks import DividedBlock
 
 pytestmark = pytest.mark.method("uniformer-video")
 
@@ -186,17 +187,13 @@ def test_compiles_without_graph_breaks(split):
 
 def test_stochastic_depth_and_dropout_rates():
     model = tiny(drop_path_rate=0.4, pos_drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3)
-    rates = [
-        getattr(getattr(block, "drop_path", getattr(block, "drop_path2", None)), "drop_prob", 0.0)
-        for stage in model.stages
-        for block in stage.blocks
-    ]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     block = model.stages[3].blocks[0]
-    attention = block.mixer.attention
+    attention = block.mixer
     assert (model.pos_drop.p, attention.drop.p, block.mlp.drop1.p, attention.attn_drop) == (0.1, 0.2, 0.2, 0.3)
     divided = tiny(drop_path_rate=0.4, split=True).stages[3].blocks[0]
-    assert isinstance(divided.drop_path1, nn.Identity) and divided.mixer.drop_path.drop_prob == pytest.approx(0.4)
+    assert divided.mixer.drop_path.drop_prob == divided.drop_path.drop_prob == pytest.approx(0.4)
 
 
 def test_create_by_slug():
@@ -211,11 +208,11 @@ def test_create_by_slug():
 @torch.no_grad()
 def test_a_split_block_starts_as_the_block_of_single_frames():
     torch.manual_seed(0)
-    divided, whole = GlobalBlock3d(16, 8, split=True), GlobalBlock3d(16, 8)
+    divided, whole = DividedBlock(16, 8), GlobalBlock(16, 8, frames=True)
     state = divided.state_dict()
     whole.load_state_dict(
         {
-            key: state[key.replace("mixer.attention", "mixer.spatial").replace("norm1", "mixer.spatial_norm")]
+            key: state[key.replace("mixer", "mixer.spatial").replace("norm1", "mixer.spatial_norm")]
             for key in whole.state_dict()
         }
     )
@@ -265,8 +262,8 @@ def test_the_authors_image_checkpoint(split):
     assert torch.equal(own["stages.0.blocks.2.mixer.affinity.weight"], inflate(image["blocks1.2.attn.weight"], 5))
     pointwise = image["blocks2.0.mlp.fc1.weight"].unsqueeze(2)
     assert torch.equal(own["stages.1.blocks.0.mlp.fc1.weight"], pointwise)
-    place = "spatial" if split else "attention"
-    assert torch.equal(own[f"stages.3.blocks.1.mixer.{place}.qkv.weight"], image["blocks4.1.attn.qkv.weight"])
+    place = "mixer.spatial" if split else "mixer"
+    assert torch.equal(own[f"stages.3.blocks.1.{place}.qkv.weight"], image["blocks4.1.attn.qkv.weight"])
     norm = "mixer.spatial_norm" if split else "norm1"
     assert torch.equal(own[f"stages.3.blocks.1.{norm}.weight"], image["blocks4.1.norm1.weight"])
     assert torch.equal(own["norm.running_var"], image["norm.running_var"])

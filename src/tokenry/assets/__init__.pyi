@@ -8,3 +8,4 @@ from .embedded import load_model as load_model
 from .embedded import model_path as model_path
 from .embedded import prompts as prompts
 from .english import english_documents as english_documents
+from .text_files import read_text_file as read_text_file

@@ -64,6 +64,9 @@ def load_model(
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
+
+    Raises:
+        ValueError: There is no model or no tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +79,8 @@ def load_model(
         logging.disable_progress_bar()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(where)
+        if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without any tokenizer file
+            raise ValueError("there is no tokenizer: save one there too, tokenizer.save_pretrained(...)")
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(

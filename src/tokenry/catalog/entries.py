@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from rapidfuzz import process
+from rapidfuzz import fuzz
 
 __all__ = ["Card", "CardClaim", "Reference", "card", "cards"]
 
@@ -142,11 +142,20 @@ def cards() -> dict[str, Card]:
     """All cards by slug: Tokenry's own, then those of other packages (entry-point group ``tokenry.methods``).
 
     An entry point of that group is named after its slug and points to a ``Card`` or to the path of a card file.
+
+    Raises:
+        ValueError: A card is not valid, or cannot be loaded; the message names the package to repair or uninstall.
     """
     found = {path.stem: Card.read(path) for path in sorted(CARDS.glob("*.toml"))}
     for entry in importlib.metadata.entry_points(group="tokenry.methods"):
-        target = entry.load()
-        extra = target if isinstance(target, Card) else Card.read(Path(target))
+        try:
+            target = entry.load()
+            extra = target if isinstance(target, Card) else Card.read(Path(target))
+        except Exception as error:  # code of another package: whatever goes wrong there
+            raise ValueError(
+                f"the entry point {entry.name} = {entry.value} (group tokenry.methods) brings no card: "
+                f"{type(error).__name__}: {error}. Repair or uninstall the package {entry.dist and entry.dist.name}"
+            ) from error
         if extra.slug in found:
             raise ValueError(f"{entry.value} brings a second card for {extra.slug!r}")
         found[extra.slug] = extra
@@ -166,6 +175,12 @@ def card(slug: str) -> Card:
     known = cards()
     if slug in known:
         return known[slug]
-    near = [name for name, score, _ in process.extract(slug, list(known), limit=3) if score > 60]
-    hint = f"did you mean {', '.join(near)}?" if near else "`tokenry list` shows all methods"
-    raise ValueError(f"no method is called {slug!r}; {hint}")
+    raise ValueError(f"no method is called {slug!r}; {near_names(slug, list(known))}")
+
+
+def near_names(name: str, known: list[str]) -> str:
+    """A hint for a name that is not known: the nearest ones, capitals and underscores forgiven."""
+    query, *choices = (text.lower().replace("_", "-") for text in (name, *known))
+    scored = sorted(zip((fuzz.ratio(query, choice) for choice in choices), known, strict=True), reverse=True)
+    near = [found for score, found in scored[:3] if score >= 60]
+    return f"did you mean {', '.join(near)}?" if near else "`tokenry list` shows all methods"

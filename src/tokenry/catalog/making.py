@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from tokenry.catalog.entries import card, cards
+from tokenry.catalog.entries import card, cards, near_names
 
 __all__ = ["create", "load"]
 
@@ -39,4 +39,7 @@ def create(name: str, *args: Any, **kwargs: Any) -> Any:
             return timm.create_model(name, *args, **kwargs)
         if name in found.mixers:
             return load("tokenry.mixers:create_mixer")(name, *args, **kwargs)
+    if name not in cards():
+        known = [*cards(), *(known for found in cards().values() for known in (*found.models, *found.mixers))]
+        raise ValueError(f"no method, model or mixer is called {name!r}; {near_names(name, known)}")
     return load(card(name).entry_point)(*args, **kwargs)

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, setting, train_networks
+from tokenry.claims.small_images import paired_difference, setting, time_over_sides, train_networks
 
 SEEDS = 3
 EPOCHS = 6
@@ -110,30 +110,17 @@ def global_field(context: Context) -> Measurement:
 @measures("affnet", "scaling")
 def scaling(context: Context) -> Measurement:
     """Forward time of the mixer and of self-attention over the number of tokens."""
-    import torch
-
-    from tokenry.measure import crossing, fit_exponent, interleave
+    from tokenry.measure import crossing, fit_exponent
     from tokenry.mixers import create_mixer
 
     dim = 64
-
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        aff = create_mixer("aff", dim).to(context.device).eval()
-        attention = create_mixer("attention", dim, layout="NCHW").to(context.device).eval()
-        x = torch.randn(1, dim, side, side, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {"aff": lambda: aff(x), "attention": lambda: attention(x)},
-                repeats=3 if side > 64 else 7,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
+    mixers: dict[str, Any] = {
+        "aff": lambda side: create_mixer("aff", dim),
+        "attention": lambda side: create_mixer("attention", dim, layout="NCHW"),
+    }
+    seconds = time_over_sides(context, mixers, SIDES, dim)
     tokens = [side**2 for side in SIDES]
-    ours, theirs = ([row[name] for row in rows] for name in ("aff", "attention"))
+    ours, theirs = seconds["aff"], seconds["attention"]
     exponent, other = fit_exponent(tokens, ours), fit_exponent(tokens, theirs)
     loglinear = fit_exponent(tokens, [n * math.log(n) for n in tokens])
     cheaper = crossing(tokens, ours, theirs)

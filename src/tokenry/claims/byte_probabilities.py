@@ -11,6 +11,7 @@ from tokenry.assets import held_out_texts, load_model
 from tokenry.assets.english import english_documents, is_held_out
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_models import train
+from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
     from tokenry.tokenization import ByteLM, ByteVocabulary
@@ -141,7 +142,7 @@ def cut_prompts(context: Context) -> Measurement:
 
     middle = [f["losses"] for f in found if f["place"] == "mid-token"]
     gaps = [f["naive"] - f["exact"] for f in middle]
-    gap, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    gap, error = statistics.fmean(gaps), standard_error(gaps)
     healed = [f["healing"] - f["exact"] for f in middle]
     anywhere = {name: mean(name, "mid-token", "token end") for name in ("exact", "healing", "naive")}
     inside = {name: mean(name, "mid-token") for name in anywhere}
@@ -173,7 +174,7 @@ def cut_prompts(context: Context) -> Measurement:
             "the_blank_itself": {name: mean(name, "blank", key="first") for name in anywhere},
             "healing_minus_exact": {
                 "mean": statistics.fmean(healed),
-                "standard_error": statistics.stdev(healed) / math.sqrt(len(healed)),
+                "standard_error": standard_error(healed),
             },
             "prompts": {
                 place: sum(f["place"] == place for f in found) for place in ("mid-token", "token end", "blank")
@@ -287,7 +288,7 @@ def _ensemble(context: Context, vocabularies: tuple[int, int]) -> Measurement:
         shows=mean < best[0],
         value=round(mean, 4),
         baseline=round(best[0], 4),
-        spread=round(statistics.stdev(gains) / math.sqrt(len(gains)), 4),
+        spread=round(standard_error(gains), 4),
         sentence=f"bits per byte of held-out English, {len(rows)} passages of {ENSEMBLE['bytes']} bytes: mean of both {mean:.3f}, "
         f"first half's vocabulary of {vocabularies[0]} alone {first:.3f}, second half's of {vocabularies[1]} alone {second:.3f} "
         "(the mean must be below the better one)",

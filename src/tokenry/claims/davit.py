@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_images import setting, train_networks
+from tokenry.measure import standard_error
 
 SEEDS = 3
 EPOCHS = 6
@@ -110,7 +110,7 @@ def complementary(context: Context) -> Measurement:
         context, {mixer: partial(_network, mixer) for mixer in MIXERS}, epochs=EPOCHS, seeds=SEEDS
     )
     mean = {mixer: statistics.mean(found) for mixer, found in accuracies.items()}
-    error = {mixer: statistics.stdev(found) / math.sqrt(SEEDS) for mixer, found in accuracies.items()}
+    error = {mixer: standard_error(found) for mixer, found in accuracies.items()}
     alone = max(mean["window"], mean["channel"])
     text = ", ".join(f"{mixer} {mean[mixer]:.1f} +- {error[mixer]:.1f} %" for mixer in MIXERS)
     return Measurement(

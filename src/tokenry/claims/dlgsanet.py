@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -199,7 +199,7 @@ def _ablation(context: Context, name: str, other: Callable[[], nn.Module], texts
 
             scores[key].append(context.session.step(f"{key}/seed{seed}", run))
     differences = [a - b for a, b in zip(scores["ours"], scores[name], strict=True)]
-    difference, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    difference, error = statistics.fmean(differences), standard_error(differences)
     ours, theirs = statistics.fmean(scores["ours"]), statistics.fmean(scores[name])
     return Measurement(
         shows=difference > error,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import held_out_texts, load_model
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.layers.cache_argument import CACHE
+from tokenry.measure import mean_interval, paired_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,6 @@ def passages(tokenizer: Any, length: int, limit: int, seed: int = 0) -> Tensor:
         if len(ids) >= length + first:
             rows.append(ids[first : first + length])
     return torch.tensor(rows[:limit])
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
-    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @measures("ems", "divergence")
@@ -69,7 +64,7 @@ def divergence(context: Context) -> Measurement:
     for budget in PASSAGES:
         found = context.session.step(f"budget{budget}", lambda budget=budget: at(budget))
         ems = found["EMS"]["kl"]
-        worse = {n: _mean([x - y for x, y in zip(found[n]["kl"], ems, strict=True)]) for n in NAMES if n != "EMS"}
+        worse = {n: paired_interval(found[n]["kl"], ems) for n in NAMES if n != "EMS"}
         details["budgets"][str(budget)] = {
             name: {
                 "divergence": statistics.fmean(figures["kl"]),
@@ -81,7 +76,7 @@ def divergence(context: Context) -> Measurement:
         }
         if not smallest:
             smallest, count = worse, len(ems)
-            value, spread = _mean(ems)
+            value, spread = mean_interval(ems)
             baseline = statistics.fmean(found["local only"]["kl"])
     needed = ("local only", "sliding window")
     shows = value - spread > 0 and all(smallest[n][0] - smallest[n][1] > 0 for n in needed)

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -291,7 +292,7 @@ def keypoints(context: Context) -> Measurement:
     results = _trained(context)
     hits = {mixer: [r["hits"] for r in runs] for mixer, runs in results.items()}
     differences = [a - b for a, b in zip(hits["dss2d"], hits["ss2d"], strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(SEEDS)
+    error = standard_error(differences)
     mean = {mixer: statistics.mean(values) for mixer, values in hits.items()}
     return Measurement(
         shows=statistics.mean(differences) > error,

@@ -1,50 +1,16 @@
-"""Claims of Parallel Prompt Decoding, measured on the embedded models beside plain greedy decoding and prompt lookup."""
+"""Claims of Parallel Prompt Decoding on the embedded models: text, speed and memory; acceptance is ``ppd_acceptance``."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenry.assets import load_model, model_path, prompts
+from tokenry.assets import prompts
+from tokenry.claims.ppd_acceptance import BUDGET, NEW_TOKENS, generate, random_prompts, setup
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_models import english, rows_of, train
 
-if TYPE_CHECKING:
-    from tokenry.decoding import DraftStrategy, ParallelPrompts
-
-NEW_TOKENS = 128
 BATCH = 8
-BUDGET = 60  # the paper's for its 13B model; all its trees fit a pass of 64 nodes
-STEPS = 300
-
-
-def _setup(device: str, name: str = "small") -> tuple[Any, Any, list[Any], ParallelPrompts]:
-    """An embedded model, its tokenizer, the held-out prompts, each encoded alone, and its parallel prompts."""
-    from tokenry.decoding import ParallelPrompts
-
-    model, tokenizer = load_model(name, device=device)
-    encode = {"return_tensors": "pt", "return_token_type_ids": False}
-    trained = ParallelPrompts.from_pretrained(model_path(name) / "parallel_prompts").to(device)
-    return model, tokenizer, [tokenizer(prompt, **encode).to(device) for prompt in prompts()], trained
-
-
-def _generate(
-    model: Any, inputs: Any, strategy: DraftStrategy | None = None, *, new: int = NEW_TOKENS, **options: Any
-) -> Any:
-    chosen = {"custom_generate": strategy} if strategy is not None else {}
-    return model.generate(**inputs, max_new_tokens=new, do_sample=False, **chosen, **options)
-
-
-def _tokens_per_pass(model: Any, inputs: list[Any], strategy: DraftStrategy, new: int = NEW_TOKENS) -> dict[str, Any]:
-    from tokenry.decoding import DecodingStats
-
-    runs = []
-    for x in inputs:
-        _generate(model, x, strategy, new=new)
-        runs.append(strategy.stats)
-    each = [round(run.mean_accepted_length, 3) for run in runs]
-    return DecodingStats.total(runs).summary() | {"per_prompt": each}
 
 
 @measures("ppd", "lossless")
@@ -52,15 +18,14 @@ def lossless(context: Context) -> Measurement:
     """Identical ids for every prompt, alone and in left-padded batches of eight, with trained and with random prompts."""
     import torch
 
-    from tokenry.decoding import ParallelPromptDecoding, ParallelPrompts, explain_difference, sparse_trees
+    from tokenry.decoding import ParallelPromptDecoding, explain_difference, sparse_trees
 
-    model, tokenizer, inputs, trained = _setup(context.device)
+    model, tokenizer, inputs, trained = setup(context.device)
     table: Any = trained.accuracy
     trees = sparse_trees(table, BUDGET)
-    noise = torch.randn(trained.embeddings.shape, generator=torch.Generator().manual_seed(context.seed))
     strategies = {
         "trained": ParallelPromptDecoding(trained, trees),
-        "random": ParallelPromptDecoding(ParallelPrompts(noise.to(context.device)), trees),
+        "random": ParallelPromptDecoding(random_prompts(trained, context.seed), trees),
     }
     new = NEW_TOKENS // 2
 
@@ -68,15 +33,15 @@ def lossless(context: Context) -> Measurement:
         some, found = inputs[first : first + BATCH], {"alone": 0, "batch": 0, "random": 0}
         texts = prompts()[first : first + BATCH]
         batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).to(context.device)
-        rows = _generate(model, batch, strategies["trained"], new=new)[:, batch["input_ids"].shape[1] :]
+        rows = generate(model, batch, strategies["trained"], new=new)[:, batch["input_ids"].shape[1] :]
         different = []
         for i, (x, row) in enumerate(zip(some, rows, strict=True)):
             width = x["input_ids"].shape[1]
-            text = _generate(model, x, new=new)[0]
+            text = generate(model, x, new=new)[0]
             mine = {
-                "alone": _generate(model, x, strategies["trained"], new=new)[0],
+                "alone": generate(model, x, strategies["trained"], new=new)[0],
                 "batch": torch.cat([x["input_ids"][0], row[: len(text) - width]]),
-                "random": _generate(model, x, strategies["random"], new=new)[0],
+                "random": generate(model, x, strategies["random"], new=new)[0],
             }
             for kind, other in mine.items():
                 difference = explain_difference(model, text.cpu(), other.cpu())
@@ -101,158 +66,22 @@ def lossless(context: Context) -> Measurement:
     )
 
 
-@measures("ppd", "accepted-length")
-def accepted_length(context: Context) -> Measurement:
-    """Tokens per pass of the shipped prompts, of random ones, of prompt lookup and of plain decoding, forty prompts."""
-    import torch
-
-    from tokenry.decoding import ParallelPromptDecoding, ParallelPrompts, sparse_trees
-
-    model, _, inputs, trained = _setup(context.device)
-    table: Any = trained.accuracy
-    trees = sparse_trees(table, BUDGET)
-    noise = torch.randn(trained.embeddings.shape, generator=torch.Generator().manual_seed(context.seed))
-
-    def looked_up() -> dict[str, Any]:
-        passes = tokens = 0
-
-        def count(*_: object) -> None:
-            nonlocal passes
-            passes += 1
-
-        hook = model.register_forward_pre_hook(count)
-        try:
-            for x in inputs:
-                tokens += _generate(model, x, prompt_lookup_num_tokens=10).shape[1] - x["input_ids"].shape[1]
-        finally:
-            hook.remove()
-        return {"mean_accepted_length": tokens / passes}
-
-    step = context.session.step
-    parts = {
-        "trained": step("trained", lambda: _tokens_per_pass(model, inputs, ParallelPromptDecoding(trained, trees))),
-        "random": step(
-            "random",
-            lambda: _tokens_per_pass(
-                model, inputs[::4], ParallelPromptDecoding(ParallelPrompts(noise.to(context.device)), trees)
-            ),
-        ),
-        "lookup": step("prompt-lookup", looked_up),
-    }
-    length = {name: float(part["mean_accepted_length"]) for name, part in parts.items()}
-    return Measurement(
-        shows=length["trained"] > max(length["lookup"], length["random"], 1.0),
-        value=round(length["trained"], 3),
-        baseline=round(length["lookup"], 3),
-        spread=round(statistics.stdev(parts["trained"]["per_prompt"]), 3),
-        sentence=f"{length['trained']:.2f} tokens per pass with the shipped prompts, trees of budget {BUDGET}; prompt "
-        f"lookup {length['lookup']:.2f}, random prompt embeddings {length['random']:.2f}, plain 1.00 (must be above all)",
-        details=parts | {"new_tokens": NEW_TOKENS},
-    )
-
-
-@measures("ppd", "hit-rates")
-def hit_rates(context: Context) -> Measurement:
-    """Train prompts for 300 steps; hit rates by distance, against untrained ones and the best constant guesses."""
-    import torch
-
-    from tokenry.decoding import ParallelPromptDecoding, ParallelPrompts, SparseNode, sparse_trees
-    from tokenry.decoding.tree_search import contributions, likeliest_paths
-
-    text = english(context)
-    model, tokenizer = load_model(device=context.device)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    start = torch.tensor(tokenizer("Next 2 words")["input_ids"])
-    learned = rows_of(text.train, 1024, 96, 0, context.seed)
-    held_out = rows_of(text.held_out, 48, 96, 0, context.seed)
-    untrained = ParallelPrompts(model, init_ids=start)
-    trained = ParallelPrompts(model, init_ids=start)
-
-    def fitted() -> dict[str, Any]:
-        losses = trained.fit(model, learned, steps=STEPS, cuts=32, seed=context.seed)
-        frozen = all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-        return {"embeddings": trained.embeddings.tolist(), "losses": losses[:: STEPS // 20], "frozen": frozen}
-
-    def constant() -> dict[str, list[list[float]]]:
-        """Hit rates of the commonest tokens of the text, and of those that the model itself writes, per distance."""
-        cuts = torch.arange(5, 96, 10)
-        _, written = trained.logits(model, learned[:48].to(context.device), cuts)
-        _, real = trained.logits(model, held_out.to(context.device), cuts)
-        counts = {
-            "unigram": torch.bincount(text.train, minlength=real.shape[-1]),
-            "own": torch.bincount(written.argmax(-1).flatten().cpu(), minlength=real.shape[-1]),
-        }
-        hits = {
-            name: real.argmax(-1)[..., None].cpu() == count.topk(10).indices for name, count in counts.items()
-        }  # (B, K, m, 10)
-        return {name: hit.float().mean((0, 1)).tolist() for name, hit in hits.items()}
-
-    fit = context.session.step("fit", fitted)
-    trained.embeddings.data.copy_(torch.tensor(fit["embeddings"]))
-    with torch.no_grad():
-        tables = context.session.step(
-            "tables",
-            lambda: (
-                {
-                    "trained": trained.measure(model, held_out).tolist(),
-                    "untrained": untrained.measure(model, held_out).tolist(),
-                }
-                | constant()
-            ),
-        )
-    trained.accuracy = torch.tensor(tables["trained"])
-    size = BUDGET // 4  # a static tree: every node carries all three prompt tokens
-    static = {}
-    for d in (1, 2, 3):
-        paths = likeliest_paths(tables["trained"], d, size)
-        static[d] = [SparseNode(path, c, 3) for (path, _), c in zip(paths, contributions(paths), strict=True)]
-    encode = {"return_tensors": "pt", "return_token_type_ids": False}
-    inputs = [tokenizer(prompt, **encode).to(context.device) for prompt in prompts()[:20]]
-    length = {}
-    for name, trees in (("dynamic", sparse_trees(trained.accuracy, BUDGET)), ("static", static)):
-        strategy = ParallelPromptDecoding(trained, trees)
-        part = context.session.step(name, lambda s=strategy: _tokens_per_pass(model, inputs, s, new=64))
-        length[name] = float(part["mean_accepted_length"])
-
-    def top(name: str) -> list[tuple[float, float]]:
-        return [(row[0], sum(row)) for row in tables[name]]
-
-    mine, others = top("trained"), [top("untrained"), top("unigram")]
-    falls = all(near[i] > far[i] for near, far in itertools.pairwise(mine) for i in (0, 1))
-    beats = all(mine[j][i] > other[j][i] for other in others for j in range(3) for i in (0, 1))
-
-    def rates(name: str) -> str:
-        return ", ".join(f"+{j + 2} {one:.3f}/{ten:.3f}" for j, (one, ten) in enumerate(top(name)))
-
-    return Measurement(
-        shows=bool(falls and beats and length["dynamic"] > length["static"] > 1 and fit["frozen"]),
-        value=round(mine[0][1], 3),
-        baseline=round(others[1][0][1], 3),
-        sentence=f"first guess / first ten right after {STEPS} steps: {rates('trained')} (must fall with distance); "
-        f"untrained {rates('untrained')}, the text's commonest tokens {rates('unigram')} (must be above both); for "
-        f"comparison the tokens that the model itself writes most {rates('own')}; tokens per pass with a dynamic tree "
-        f"{length['dynamic']:.3f}, a static one of the same budget {length['static']:.3f} (dynamic > static > 1); base "
-        f"model {'unchanged' if fit['frozen'] else 'CHANGED'}",
-        details={"tables": tables, "losses": fit["losses"], "tokens_per_pass": length},
-    )
-
-
 @measures("ppd", "never-slower")
 def never_slower(context: Context) -> Measurement:
     """Wall-clock ratio of the automatic budget to stock greedy generate, turn by turn, batch 1 and 8."""
     from tokenry.decoding import ParallelPromptDecoding, best_budget
     from tokenry.measure import interleave
 
-    model, tokenizer, inputs, trained = _setup(context.device)
+    model, tokenizer, inputs, trained = setup(context.device)
     batch = tokenizer(prompts()[::5], return_tensors="pt", padding=True, return_token_type_ids=False).to(context.device)
     table: Any = trained.accuracy
 
     def timed(which: list[Any]) -> dict[str, Any]:
         automatic, fixed = ParallelPromptDecoding(trained), ParallelPromptDecoding(trained, BUDGET)
         functions = {
-            "plain": lambda: [_generate(model, x) for x in which],
-            "automatic": lambda: [_generate(model, x, automatic) for x in which],
-            "fixed": lambda: [_generate(model, x, fixed) for x in which],
+            "plain": lambda: [generate(model, x) for x in which],
+            "automatic": lambda: [generate(model, x, automatic) for x in which],
+            "fixed": lambda: [generate(model, x, fixed) for x in which],
         }
         timings = interleave(functions, repeats=5, device=context.device)
         return {
@@ -286,8 +115,8 @@ def on_a_draft_model(context: Context) -> Measurement:
     from tokenry.decoding import DecodingStats, DraftModelDecoding, ParallelPromptDecoding
     from tokenry.measure import interleave
 
-    model, _, inputs, _ = _setup(context.device)
-    draft, _, _, trained = _setup(context.device, "draft")
+    model, _, inputs, _ = setup(context.device)
+    draft, _, _, trained = setup(context.device, "draft")
     some = inputs[::4]
 
     def timed() -> dict[str, Any]:
@@ -301,7 +130,7 @@ def on_a_draft_model(context: Context) -> Measurement:
         def run(name: str) -> None:
             runs, texts[name] = [], []
             for x in some:
-                texts[name].append(_generate(model, x, strategies[name])[0])
+                texts[name].append(generate(model, x, strategies[name])[0])
                 runs.append(strategies[name].stats)
             stats[name] = DecodingStats.total(runs)
 
@@ -364,7 +193,7 @@ def memory(context: Context) -> Measurement:
     model, budget = _vicuna_7b(), 105
     weights = 2 * sum(p.numel() for p in model.parameters())
     prompts_ = 2 * 3 * model.config.hidden_size
-    table: Any = _setup("cpu")[3].accuracy
+    table: Any = setup("cpu")[3].accuracy
     trees = sparse_trees(table, budget)
     held = 0
     for d in trees:
@@ -426,9 +255,9 @@ def speed_by_budget(context: Context) -> Measurement:
 
     def timed() -> dict[str, Any]:
         strategies = {str(b): ParallelPromptDecoding(trained, b) for b in budgets}
-        functions: dict[str, Any] = {"plain": lambda: [_generate(half, x, pad_token_id=0) for x in inputs]}
+        functions: dict[str, Any] = {"plain": lambda: [generate(half, x, pad_token_id=0) for x in inputs]}
         for name, strategy in strategies.items():
-            functions[name] = lambda s=strategy: [_generate(half, x, s, pad_token_id=0) for x in inputs]
+            functions[name] = lambda s=strategy: [generate(half, x, s, pad_token_id=0) for x in inputs]
         timings = interleave(functions, repeats=3, device=context.device)
         plain = statistics.median(timings["plain"].seconds)
         return {name: plain / statistics.median(timings[name].seconds) for name in strategies}

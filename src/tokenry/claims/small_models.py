@@ -1,4 +1,4 @@
-"""Small language models trained inside a claim: the same text, optimiser and bookkeeping for every method.
+"""Small language models trained inside a claim: the same text, loop and bookkeeping for every method.
 
 A training is one resumable step. Its weights lie beside the session's steps; a claim that is started again after a kill
 reads them instead of training again.
@@ -6,9 +6,7 @@ reads them instead of training again.
 
 from __future__ import annotations
 
-import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from tokenry.assets.embedded import held_out_texts, load_model
 from tokenry.assets.english import english_documents, is_held_out
 from tokenry.claims.registry import Context
+from tokenry.claims.training_loop import train_steps
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["English", "cosine", "english", "muon_and_adamw", "rows_of", "train"]
+__all__ = ["English", "english", "rows_of", "token_stream", "train"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,11 @@ def english(context: Context, tokenizer: Any = None) -> English:
     documents = [d for d in english_documents(context.data("english-public-domain")) if not is_held_out(d)]
     random.Random(0).shuffle(documents)
     tokenizer = tokenizer or load_model("draft")[1]
-    return English(tokenizer, _stream(tokenizer, documents), _stream(tokenizer, held_out_texts("english")))
+    return English(tokenizer, token_stream(tokenizer, documents), token_stream(tokenizer, held_out_texts("english")))
 
 
-def _stream(tokenizer: Any, texts: list[str]) -> Tensor:
+def token_stream(tokenizer: Any, texts: list[str]) -> Tensor:
+    """``(N,)`` ids of all texts in a row, an end-of-text token before each."""
     import torch
 
     end = tokenizer.eos_token_id
@@ -69,34 +68,6 @@ def rows_of(ids: Tensor, rows: int, length: int, step: int, seed: int = 0) -> Te
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(ids) - length, (rows,), generator=generator)
     return ids[starts[:, None] + torch.arange(length)]
-
-
-def cosine(progress: float, peak: float) -> float:
-    """Linear warm-up over 3 %, then cosine to zero.
-
-    Example:
-        >>> round(cosine(0.015, 2.0), 3), round(cosine(0.5, 2.0), 3), round(cosine(1.0, 2.0), 3)
-        (1.0, 1.0, 0.0)
-    """
-    return peak * min(progress / 0.03, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def muon_and_adamw(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the network, AdamW for embeddings, heads, norms and biases."""
-    import torch
-
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = [p for n, p in named if p.ndim == 2 and not any(word in n for word in ("emb", "lm_head", "wte", "wpe"))]
-    chosen = {id(p) for p in inside}
-    others = [p for _, p in named if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = []
-    if inside:
-        optimizers.append(
-            torch.optim.Muon(inside, lr=lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        )
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
-    return optimizers
 
 
 def train(
@@ -137,27 +108,16 @@ def train(
     weights = steps_file and steps_file.with_name(f"{context.session.fingerprint}-{key.replace('/', '-')}.safetensors")
 
     def run() -> dict[str, Any]:
-        import torch
-
-        model.train()
-        optimizers = muon_and_adamw(model, lr)
-        losses, began = [], time.perf_counter()
-        for step in range(steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine((step + 1) / steps, lr)
-            value = objective(model, rows_of(ids, rows, length, step, seed).to(context.device))
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if step % max(1, steps // 20) == 0 or step == steps - 1:
-                losses.append(round(value.item(), 4))
-                context.session.say(f"{key}: step {step + 1} of {steps}, loss {losses[-1]:.3f}")
+        log = train_steps(
+            model,
+            lambda step: objective(model, rows_of(ids, rows, length, step, seed).to(context.device)),
+            steps=steps,
+            lr=lr,
+            say=lambda text: context.session.say(f"{key}: {text}"),
+        )
         if weights is not None:
             save_model(model, str(weights))
-        return {"losses": losses, "tokens": steps * rows * length, "seconds": round(time.perf_counter() - began, 1)}
+        return log | {"tokens": steps * rows * length}
 
     if context.session.done(key) and weights is not None and weights.exists():
         load_weights(model, str(weights))

@@ -9,6 +9,7 @@ from typing import Any
 from tokenry.assets import held_out_texts, load_model
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_models import english
+from tokenry.measure import interleave, paired_interval
 
 K, PROMPT, NEW, PROMPTS = 3, 15, 10, 60
 
@@ -136,9 +137,7 @@ def ngrams_keep_later_drafts(context: Context) -> Measurement:
 
     counted = context.session.step("with", lambda: places(_ngrams(context)))["excess"]
     bare = context.session.step("without", lambda: places(None))["excess"]
-    difference = [b - c for b, c in zip(bare, counted, strict=True)]
-    mean = statistics.fmean(difference)
-    half = 1.96 * statistics.stdev(difference) / len(difference) ** 0.5
+    mean, half = paired_interval(bare, counted)
     return Measurement(
         shows=mean - half > 0,
         value=round(statistics.fmean(counted), 3),
@@ -155,7 +154,6 @@ def passes_and_time(context: Context) -> Measurement:
     import torch
 
     from tokenry.decoding import SuperposedDecoding
-    from tokenry.measure import interleave
 
     loaded: Any = load_model(device=context.device)
     model, tokenizer = loaded

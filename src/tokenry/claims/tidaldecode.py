@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from tokenry.assets import load_model
 from tokenry.claims.ems import passages
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.layers.cache_argument import CACHE
-from tokenry.measure.timing import fit_exponent, interleave
+from tokenry.measure import fit_exponent, interleave, mean_interval, paired_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,16 +23,6 @@ CONTEXT, FOLLOWING, PASSAGES = 96, 16, 60
 START = 1  # of the six layers of the embedded model
 BUDGETS = (8, 24)
 TIDAL, CORRECTED, OWN, WINDOW, RANDOM = "TidalDecode", "corrected at layer 3", "own top-k", "window", "random"
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
-    return statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _more(larger: list[float], smaller: list[float]) -> tuple[float, float]:
-    """Mean of the paired differences and half width of its 95 % interval."""
-    return _mean([a - b for a, b in zip(larger, smaller, strict=True)])
 
 
 @measures("tidaldecode", "divergence")
@@ -60,11 +49,11 @@ def divergence(context: Context) -> Measurement:
     whole = max(max(found[CONTEXT + FOLLOWING][name]) for name in (TIDAL, CORRECTED, OWN))
     gaps = {}
     for b in BUDGETS:
-        gaps[f"{b}: own top-k below TidalDecode"] = _more(found[b][TIDAL], found[b][OWN])
-        gaps[f"{b}: TidalDecode below random"] = _more(found[b][RANDOM], found[b][TIDAL])
+        gaps[f"{b}: own top-k below TidalDecode"] = paired_interval(found[b][TIDAL], found[b][OWN])
+        gaps[f"{b}: TidalDecode below random"] = paired_interval(found[b][RANDOM], found[b][TIDAL])
     few, many = BUDGETS
-    gaps[f"{many} below {few}"] = _more(found[few][TIDAL], found[many][TIDAL])
-    means = {b: {name: _mean(values) for name, values in found[b].items()} for b in BUDGETS}
+    gaps[f"{many} below {few}"] = paired_interval(found[few][TIDAL], found[many][TIDAL])
+    means = {b: {name: mean_interval(values) for name, values in found[b].items()} for b in BUDGETS}
     value, spread = means[few][TIDAL]
     listed = "; ".join(
         f"k = {b}: " + ", ".join(f"{n} {m:.4f} +- {h:.4f}" for n, (m, h) in means[b].items()) for b in BUDGETS
@@ -125,8 +114,8 @@ def recall(context: Context) -> Measurement:
         }
 
     found = context.session.step("recall", run)
-    ours, window = _mean(found["tidal"]), _mean(found["window"])
-    more = _more(found["tidal"], found["window"])
+    ours, window = mean_interval(found["tidal"]), mean_interval(found["window"])
+    more = paired_interval(found["tidal"], found["window"])
     plain, plain_window = statistics.fmean(found["uncorrected"]), statistics.fmean(found["uncorrected window"])
     return Measurement(
         shows=more[0] - more[1] > 0,

@@ -45,7 +45,8 @@ def _network(blocks: str = "LLGG", positions: bool = True) -> nn.Module:
     """A small UniFormer on 32 x 32 images: 16x16, 8x8, 4x4 and 2x2 tokens."""
     from torch import nn
 
-    from tokenry.vision.uniformer import PatchEmbed, UniFormer
+    from tokenry.vision.uniformer import UniFormer
+    from tokenry.vision.uniformer_blocks import PatchEmbed
 
     net: Any = UniFormer(**TINY, blocks=blocks)
     net.stem = PatchEmbed(3, TINY["dims"][0], 2)
@@ -123,7 +124,7 @@ def _times_and_macs(context: Context, modules: dict[str, nn.Module], *shape: int
 @measures("uniformer", "global-is-dear-early")
 def global_is_dear_early(context: Context) -> Measurement:
     """A block of stage 1 of the small model at 224 pixels, local and global."""
-    from tokenry.vision.uniformer import GlobalBlock, LocalBlock
+    from tokenry.vision.uniformer_blocks import GlobalBlock, LocalBlock
 
     found = context.session.step(
         "blocks", lambda: _times_and_macs(context, {"local": LocalBlock(64), "global": GlobalBlock(64)}, 1, 64, 56, 56)
@@ -142,7 +143,7 @@ def global_is_dear_early(context: Context) -> Measurement:
 @measures("uniformer", "windows-are-cheaper")
 def windows_are_cheaper(context: Context) -> Measurement:
     """A block of stage 3 of the small model at 1024 pixels, in windows and global."""
-    from tokenry.vision.uniformer import GlobalBlock
+    from tokenry.vision.uniformer_blocks import GlobalBlock
 
     modules = {"window": GlobalBlock(320, window=14), "global": GlobalBlock(320)}
     found = context.session.step("blocks", lambda: _times_and_macs(context, dict(modules), 1, 320, 64, 64))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokenry.cli.terminal import AsJson, Device, Dtype, check_device, check_dtype, console, print_json
 
 __all__ = ["audit", "inspect_model"]
 
@@ -62,22 +65,22 @@ def audit(
     threshold: Annotated[
         float, typer.Option(help="Score that a candidate must exceed; the forced token counts as 1 in its mean.")
     ] = 0.95,
-    steps: Annotated[int, typer.Option(help="Greedy tokens after each forced one.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of a candidate's continuation.")] = 50,
-    batch_size: Annotated[int, typer.Option(help="Tokens forced at a time.")] = 512,
+    steps: Annotated[int, typer.Option(help="Greedy tokens after each forced one.", min=1)] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a candidate's continuation.", min=1)] = 50,
+    batch_size: Annotated[int, typer.Option(help="Tokens forced at a time.", min=1)] = 512,
     before: Annotated[
         str | None, typer.Option(help="Text before the forced token, for example a chat template's assistant header.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for finished blocks; the same call goes on where a killed one stopped.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
 ) -> None:
     """Look for fingerprints and hidden messages in a model: tokenry audit MODEL --out audit. Leads, not proof."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    check_device(device)
+    check_dtype(dtype)
     found = inspect_model(
         model,
         threshold=threshold,
@@ -91,13 +94,8 @@ def audit(
         quiet=as_json,
     )
     if as_json:
-        typer.echo(json.dumps({"model": model} | found, indent=1, ensure_ascii=False))
+        print_json({"model": model} | found)
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
     candidates = {c["token_id"]: c for c in found["candidates"]}
     said = {
         "repeating": "Candidates that repeat one unit: look here first",

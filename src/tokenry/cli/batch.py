@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
+
+from tokenry.cli.terminal import (
+    AsJson,
+    Device,
+    Dtype,
+    aside,
+    check_device,
+    check_dtype,
+    console,
+    print_json,
+    progress_bar,
+)
 
 __all__ = ["batch"]
 
@@ -68,6 +78,8 @@ def finished(out: Path) -> set[str | int]:
     """Ids that are in the output already; cuts off a last line that a killed run left incomplete."""
     if not out.exists():
         return set()
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it, for example {out / 'answers.jsonl'}")
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -92,25 +104,27 @@ def batch(
         str | None, typer.Option(help="For keys and values: 8GiB, 500MB ... Default: half of what is free.")
     ] = None,
     tokens_per_pass: Annotated[int, typer.Option(help="Above this no prompt tokens join a pass.", min=1)] = 512,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Generate for a file of prompts: tokenry batch requests.jsonl --out out.jsonl. A killed run goes on where it was."""
     from tokenry.assets import load_model
     from tokenry.decoding import batch_generate, kv_bytes_per_token, plan_batch
-    from tokenry.decoding.batchllm import parse_memory
+    from tokenry.decoding.batchllm import learned_positions, parse_memory
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    check_device(device)
+    check_dtype(dtype)
     limit = None if memory is None else parse_memory(memory)
     done = finished(out)
     lines = requests.read_bytes().splitlines()
     if not any(line.strip() for line in lines):
         raise ValueError(f"{requests} has no lines")
+    out.parent.mkdir(parents=True, exist_ok=True)
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     embeddings: Any = network.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
+    positions = learned_positions(network.config)
     room = None if limit is None else limit // kv_bytes_per_token(network.config, network.dtype)
     todo: list[Request] = []
     broken: list[str] = []
@@ -123,6 +137,11 @@ def batch(
             if request.id in seen:
                 raise ValueError(f"id {request.id!r} is given twice")
             held = len(request.ids) + request.max_new_tokens - 1
+            if positions is not None and held > positions:
+                raise ValueError(
+                    f"reaches {held:,} tokens, the model has {positions:,} positions; shorten the prompt or lower "
+                    "max_new_tokens"
+                )
             if room is not None and held > room:
                 raise ValueError(f"needs keys and values of {held:,} tokens, --memory {memory} holds {room:,}")
         except (ValueError, UnicodeDecodeError) as error:
@@ -131,22 +150,15 @@ def batch(
         seen.add(request.id)
         if request.id not in done:
             todo.append(request)
-    errors = Console(stderr=True)
     for message in broken:
-        errors.print(f"{requests}, {message}", style="yellow", markup=False, highlight=False)
+        aside(f"{requests}, {message}", style="yellow")
     summary: dict[str, Any] = {"requests": len(todo), "finished_before": len(seen) - len(todo), "broken": broken}
     if todo:
         plan = plan_batch([r.ids for r in todo], [r.max_new_tokens for r in todo])
         if not as_json:
-            errors.print(str(plan), markup=False, highlight=False, soft_wrap=True)
-        columns = (
-            TextColumn("requests"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with out.open("a", encoding="utf-8") as file, Progress(*columns, console=errors, disable=as_json) as progress:
+            aside(str(plan))
+        bars = progress_bar(MofNCompleteColumn(), quiet=as_json)
+        with out.open("a", encoding="utf-8") as file, bars as progress:
             bar = progress.add_task("requests", total=len(todo))
 
             def write(index: int, ids: Any) -> None:
@@ -169,13 +181,13 @@ def batch(
             )
         summary |= stats.summary() | {"saved_tokens": plan.saved}
     if as_json:
-        sys.stdout.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        print_json(summary)
     else:
         said = f"{len(todo)} requests written to {out}"
         if summary["finished_before"]:
             said += f", {summary['finished_before']} were there already"
         if todo:
             said += f"; {summary['prefill_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens computed in {summary['seconds']:.1f} s"
-        Console().print(said, markup=False, highlight=False)
+        console.print(said, markup=False, highlight=False)
     if broken:
         raise typer.Exit(1)

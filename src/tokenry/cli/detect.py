@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokenry.cli.terminal import AsJson, Device, check_device, console, print_json
 
 __all__ = ["detect", "judge"]
 
@@ -116,23 +119,16 @@ def detect(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text that are judged, at most.", min=30)] = 400,
     samples: Annotated[int, typer.Option(help="Draws per position.", min=2)] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Score texts as human or machine-made, untrained: tokenry detect essay.txt --scorer MODEL. Evidence, not proof."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from tokenry.assets import held_out_texts
+    from tokenry.assets import held_out_texts, read_text_file
     from tokenry.text.detector import CAUTION
     from tokenry.text.paired import read_texts
 
-    texts = {}
-    for path in files:
-        try:
-            texts[str(path)] = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    check_device(device)
+    texts = {str(path): read_text_file(path) for path in files}
     known = held_out_texts("english") if human is None else read_texts(human)
     rows = judge(
         texts,
@@ -148,24 +144,23 @@ def detect(
     origin = "embedded public-domain prose" if human is None else str(human)
     notes = [
         CAUTION,
-        f"Threshold: at most {false_positive_rate:.0%} of {len(known)} human texts ({origin}) lie above it.",
+        f"Threshold: at most {100 * false_positive_rate:g} % of {len(known)} human texts ({origin}) lie above it.",
     ]
     if scorer == "small":
         notes.append("The embedded scorer is tiny and only for trying this out: name a real model with --scorer.")
     if human is None:
         notes.append("Human texts like yours make a better threshold: --human FOLDER.")
     if as_json:
-        typer.echo(json.dumps({"variant": variant, "scorer": scorer, "texts": rows, "notes": notes}, indent=1))
+        print_json({"variant": variant, "scorer": scorer, "texts": rows, "notes": notes})
         return
     table = Table("file", "score", "threshold", "verdict", "tokens", title=f"{variant}, scored by {scorer}")
     for row in rows:
         score, threshold = (("" if row[key] is None else f"{row[key]:.3f}") for key in ("score", "threshold"))
         tokens = str(row["of"]) if row["tokens"] == row["of"] else f"{row['tokens']} of {row['of']}"
-        table.add_row(row["file"], score, threshold, row["verdict"], tokens)
-    console = Console()
+        table.add_row(escape(row["file"]), score, threshold, row["verdict"], tokens)
     console.print(table)
     for row in rows:
         if row["note"]:
-            console.print(f"[yellow]{row['file']}:[/] {row['note']}", highlight=False)
+            console.print(f"[yellow]{escape(row['file'])}:[/] {escape(row['note'])}", highlight=False)
     for note in notes:
-        console.print(f"[dim]{note}[/]")
+        console.print(f"[dim]{escape(note)}[/]")

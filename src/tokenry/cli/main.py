@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich import box
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
@@ -17,6 +17,7 @@ from tokenry.cli.audit import audit
 from tokenry.cli.batch import batch
 from tokenry.cli.detect import detect
 from tokenry.cli.mixture import mixture
+from tokenry.cli.terminal import AsJson, Device, Dtype, aside, check_device, check_dtype, console, print_json
 from tokenry.cli.upscale import upscale
 
 __all__ = ["app", "run"]
@@ -28,15 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(mixture)
-app.command()(detect)
-app.command()(audit)
-app.command()(batch)
-app.command()(upscale)
-
-console = Console()
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 
 
 def run() -> None:
@@ -44,20 +36,8 @@ def run() -> None:
     try:
         app()
     except ValueError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        aside(str(error), word="error", style="red")
         raise SystemExit(2) from None
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def _check_device(device: str) -> None:
-    if device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; leave --device away to use the CPU")
 
 
 def _version(value: bool) -> None:
@@ -78,7 +58,7 @@ def _main(
 @app.command("list")
 def list_methods(
     family: Annotated[str | None, typer.Option(help="Only this family, for example decoding.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """List all methods."""
     from tokenry.catalog import cards
@@ -88,7 +68,7 @@ def list_methods(
         families = sorted({card.family for card in cards().values()})
         raise ValueError(f"no method in family {family!r}; families: {', '.join(families)}")
     if as_json:
-        _print_json([card.model_dump() for card in found])
+        print_json([card.model_dump() for card in found])
         return
     table = Table("method", "family", "what it does", title=f"{len(found)} methods")
     for card in found:
@@ -99,15 +79,15 @@ def list_methods(
 @app.command()
 def search(
     query: Annotated[list[str], typer.Argument(help="The problem, in your words.")],
-    limit: Annotated[int, typer.Option(help="How many at most.")] = 5,
-    as_json: Json = False,
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1)] = 5,
+    as_json: AsJson = False,
 ) -> None:
     """Find a method: tokenry search "shrink the kv cache"."""
     from tokenry.catalog import search as find
 
     hits = find(" ".join(query), limit)
     if as_json:
-        _print_json([hit.__dict__ for hit in hits])
+        print_json([hit.__dict__ for hit in hits])
         return
     if not hits:
         console.print("Nothing fits. [bold]tokenry list[/] shows all methods.")
@@ -119,7 +99,9 @@ def search(
 
 
 @app.command()
-def show(slug: Annotated[str, typer.Argument(help="The method.")], as_json: Json = False) -> None:
+def show(
+    slug: Annotated[str, typer.Argument(help="The method, as `tokenry list` names it.")], as_json: AsJson = False
+) -> None:
     """Show one method: what it does, when to use it, code that runs, its claims and what was measured."""
     from tokenry.catalog import card
     from tokenry.evidence import all_records
@@ -127,11 +109,12 @@ def show(slug: Annotated[str, typer.Argument(help="The method.")], as_json: Json
     found = card(slug)
     records = [record for record in all_records() if record.slug == slug]
     if as_json:
-        _print_json({"card": found.model_dump(), "evidence": [json.loads(r.model_dump_json()) for r in records]})
+        print_json({"card": found.model_dump(), "evidence": [json.loads(r.model_dump_json()) for r in records]})
         return
     console.print(Panel(found.does, title=f"[bold]{found.title}[/]", subtitle=found.entry_point))
     console.print(f"[bold]Use it when[/] {found.use_when}\n[bold]Not when[/] {found.not_when}\n")
-    console.print(Syntax(found.snippet.strip(), "python", background_color="default"))
+    code = Syntax("", "python", background_color="default").highlight(found.snippet.strip())
+    console.print(code, soft_wrap=True)  # lines stay whole, so that they can be copied
     table = Table("claim", "paper", "here", "shows", title="Claims")
     measured = {record.id: record for record in records if record.check in ("claim", "behaviour")}
     for claim in found.claims:
@@ -170,32 +153,38 @@ def compare(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your data: prompts, a folder of images, a CSV, texts.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names, separated by commas. The baseline is always added.")
+        str | None,
+        typer.Option(help="Names, separated by commas; a wrong one lists all. The baseline is always added."),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for the run; the same call goes on where a killed one stopped.")
     ] = Path("comparison"),
-    repeats: Annotated[int, typer.Option(help="Timed turns of each method.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed turns of each method.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     quick: Annotated[
         bool, typer.Option("--quick", help="About half a minute instead of the full measurement.")
     ] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of this kind: name=value.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of this kind: name=value; a wrong name lists all with their defaults."),
+    ] = None,
     device: Device = "cpu",
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare methods side by side on your own model and data."""
     from tokenry.compare import compare as run_comparison
+    from tokenry.compare import comparison
 
-    _check_device(device)
+    check_device(device)
+    check_dtype(dtype)
     result = run_comparison(
         kind,
         out=out / kind,
         quiet=as_json,
         model=model,
         data=data,
-        methods=[name.strip() for name in methods.split(",") if name.strip()] if methods else None,
+        methods=comparison(kind).named(methods) if methods else None,
         device=device,
         dtype=dtype,
         seed=seed,
@@ -217,12 +206,15 @@ def verify(
     slugs: Annotated[list[str] | None, typer.Argument(help="Methods. None: all.")] = None,
     claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for unfinished steps, to go on after a kill.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished steps: the same call goes on there after a kill. Default: none."),
+    ] = None,
     record: Annotated[
-        str, typer.Option(help="Where results are kept: user (default), project (maintainers) or none.")
+        str, typer.Option(help="Where results are kept: user (your own database), project (maintainers) or none.")
     ] = "user",
     device: Device = "cpu",
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a method's claims: the paper's value, the value here, whether the effect shows."""
     from tokenry.catalog import cards
@@ -231,14 +223,14 @@ def verify(
 
     if record not in ("user", "project", "none"):
         raise ValueError(f"--record must be user, project or none, got {record!r}")
-    _check_device(device)
-    outcomes = []
+    check_device(device)
+    outcomes, kept = [], None
     for outcome in run_claims(
         slugs or list(cards()), claims=claim, device=device, seed=seed, folder=out, quiet=as_json
     ):
         outcomes.append(outcome)
         if outcome.record is not None and record != "none":
-            (save_project if record == "project" else save_user)([outcome.record])
+            kept = (save_project if record == "project" else save_user)([outcome.record])
         if not as_json:
             state = (
                 "[yellow]not run[/]" if outcome.not_run
@@ -251,7 +243,7 @@ def verify(
             console.print(f"  paper: {outcome.claim.statement}\n  here:  {said}", highlight=False, markup=False)
     failed = [o for o in outcomes if o.error or (o.record is not None and not o.record.passed)]
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "slug": o.slug, "claim": o.claim.id, "paper": o.claim.paper, "unit": o.claim.unit,
@@ -265,12 +257,16 @@ def verify(
         ran = sum(o.record is not None for o in outcomes)
         console.print(f"{ran - sum(o.record is not None for o in failed)} of {ran} claims that ran show; "
                       f"{sum(bool(o.not_run) for o in outcomes)} could not be run here, {sum(bool(o.error) for o in outcomes)} failed with an error")  # fmt: skip
+        if kept is not None:
+            console.print(
+                f"recorded in {kept}, which `tokenry status` and `tokenry show` read", markup=False, highlight=False
+            )
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def status(as_json: Json = False) -> None:
+def status(as_json: AsJson = False) -> None:
     """Show what is known about each method, computed from recorded runs, with their age."""
     from datetime import UTC, datetime
 
@@ -296,14 +292,18 @@ def status(as_json: Json = False) -> None:
             }
         rows.append(row)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    table = Table(title="passed / run (age); +n: claims that cannot be run on this kind of machine")
-    table.add_column("method", no_wrap=True)
-    for check in CHECKS:
-        table.add_column(check)
+    table = Table(
+        title="passed / run; +n: claims that cannot be run on this kind of machine; age: of the check run longest ago",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip  # narrow: 80 columns hold a method on one line
+    for heading in ("method", *CHECKS, "age"):
+        table.add_column(heading, no_wrap=True)
     for row in rows:
-        table.add_row(f"[bold]{row['slug']}[/]", *(_status_cell(row[check]) for check in CHECKS))
+        ages = [row[check]["age_days"] for check in CHECKS if row[check]["run"]]
+        cells = [_status_cell(row[check]) for check in CHECKS]
+        table.add_row(f"[bold]{row['slug']}[/]", *cells, f"{max(ages)} d" if ages else "")
     console.print(table)
 
 
@@ -312,7 +312,7 @@ def _status_cell(cell: dict[str, Any]) -> str:
     if not cell["run"]:
         return f"[yellow]not run[/]{extra}" if cell["missing"] else f"[dim]none[/]{extra}"
     colour = "green" if cell["passed"] == cell["run"] and not cell["missing"] else "red"
-    return f"[{colour}]{cell['passed']}/{cell['run']}[/] ({cell['age_days']} d){extra}"
+    return f"[{colour}]{cell['passed']}/{cell['run']}[/]{extra}"
 
 
 @app.command()
@@ -341,14 +341,21 @@ def demo(
     kinds: Annotated[str | None, typer.Option(help="Only these kinds, separated by commas.")] = None,
 ) -> None:
     """Compare real methods on real, embedded data and build the report: a few minutes on two cores."""
-    from tokenry.compare import KINDS
+    from tokenry.compare import KINDS, comparison
     from tokenry.compare import compare as run_comparison
     from tokenry.report import build_report, print_result
 
     results = []
-    for kind in kinds.split(",") if kinds else KINDS:
+    chosen = [kind.strip() for kind in kinds.split(",")] if kinds else list(KINDS)
+    for kind in chosen:
+        comparison(kind)  # a wrong name is refused before the first one runs
+    for kind in chosen:
         result = run_comparison(kind, out=out / "runs" / kind, effort="demo", repeats=3)
         results.append(result)
         print_result(result, console)
     console.print(f"\n[bold]{len(results)} comparisons[/] in {sum(r.seconds for r in results):.0f} s of computing")
     console.print(f"report: [bold]{build_report(out, results)}[/]")
+
+
+for command in (detect, batch, upscale, mixture, audit):  # after the others, as they shall stand in the help
+    app.command()(command)

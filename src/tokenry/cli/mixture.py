@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from tokenry.cli.terminal import AsJson, aside, console, print_json
 
 __all__ = ["mixture"]
 
@@ -53,30 +53,27 @@ def mixture(
     ] = None,
     merges: Annotated[int, typer.Option(help="Use the first so many merges; fewer if the list is shorter.")] = 3000,
     denominator: Annotated[str, typer.Option(help="pairs, bytes or chars.")] = "pairs",
-    out: Annotated[
-        str | None, typer.Option("--json", help="Write the result to this file; - for standard output.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file too, as JSON.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """What was this BPE tokenizer trained on? Shares of the categories that --data gives samples of."""
     from tokenry.tokenization import MixtureInference, read_merge_list
 
-    errors = Console(stderr=True)
-    try:
-        files = parse_data([*data, *(more or [])])
-        if merges < 1:
-            raise ValueError(f"--merges must be at least 1, got {merges}")
-        listed = read_merge_list(tokenizer, limit=merges)
-        used = min(merges, len(listed.merges))
-        inference = MixtureInference.from_tokenizer(listed, max_merges=used, denominator=denominator)  # type: ignore
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+    files = parse_data([*data, *(more or [])])
+    if merges < 1:
+        raise ValueError(f"--merges must be at least 1, got {merges}")
+    listed = read_merge_list(tokenizer, limit=merges)
+    used = min(merges, len(listed.merges))
+    inference = MixtureInference.from_tokenizer(listed, max_merges=used, denominator=denominator)  # type: ignore
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
             found = inference.fit(files)
-    except (ValueError, RuntimeError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        except RuntimeError as error:  # the solver gave up, and says what to change
+            raise ValueError(str(error)) from error
     messages = [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
     for message in messages:
-        errors.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        aside(message, word="warning", style="yellow")
     result = {
         "tokenizer": tokenizer,
         "merges": used,
@@ -89,13 +86,13 @@ def mixture(
         "redundant_merges_dropped": listed.redundant,
         "warnings": messages,
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    if out == "-":
-        sys.stdout.write(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    if as_json:
+        print_json(result)
         return
     table = Table("category", "share of training bytes", "share of pairs", title=f"{tokenizer}: first {used:,} merges")
     for name, share in sorted(found.proportions_.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{100 * share:.1f} %", f"{100 * found.pair_proportions_[name]:.1f} %")
-    Console().print(table)
-    if out is not None:
-        Path(out).write_text(text, "utf-8")
+    console.print(table)

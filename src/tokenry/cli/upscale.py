@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
+
+from tokenry.cli.terminal import AsJson, Device, aside, check_device, console, print_json, progress_bar
+from tokenry.measure import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,15 +35,17 @@ def pictures(given: list[Path]) -> list[Path]:
 
 def save(image: Image, path: Path, profile: bytes | None) -> None:
     """Write a PNG; a kill leaves no half of it under this name."""
-    unfinished = path.with_suffix(".unfinished")
-    image.save(unfinished, format="PNG", icc_profile=profile)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        image.save(unfinished, format="PNG", icc_profile=profile)
 
 
 def upscale(
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
     checkpoint: Annotated[
-        Path, typer.Option(help="Weights of DLGSANet (.pth or .safetensors), the authors' or yours.")
+        Path,
+        typer.Option(
+            help="Weights of DLGSANet (.pth or .safetensors, or a folder of save_pretrained), the authors' or yours."
+        ),
     ],
     scale: Annotated[
         int | None, typer.Option(help="2, 3 or 4: the checkpoint must have this scale. Default: whatever it has.")
@@ -54,13 +56,14 @@ def upscale(
     ] = None,
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make results anew that are there already.")] = False,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Enlarge pictures: tokenry upscale *.jpg --checkpoint tiny_x2.pth. A killed run goes on where it was."""
     from tokenry.vision.dlgsanet import load_dlgsanet
     from tokenry.vision.super_resolution import read_image, upscale_image
 
+    check_device(device)
     paths = pictures(images)
     model = load_dlgsanet(checkpoint).to(device)
     if scale is not None and scale != model.upscale:
@@ -72,15 +75,7 @@ def upscale(
     skipped: list[str] = []
     existing: list[str] = []
     taken: set[Path] = set()
-    errors = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, disable=as_json) as progress:
+    with progress_bar(TaskProgressColumn(), quiet=as_json) as progress:
         bar = progress.add_task("", total=len(paths))
         for number, path in enumerate(paths):
             progress.update(bar, description=f"{path.name} ({number + 1}/{len(paths)})", completed=number)
@@ -104,18 +99,16 @@ def upscale(
             except ValueError as error:
                 said = str(error) if str(path) in str(error) else f"{path}: {error}"
                 skipped.append(said)
-                errors.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                aside(said, style="yellow")
                 continue
             written.append({"image": str(path), "out": str(target), "width": result.width, "height": result.height})
         progress.update(bar, completed=len(paths))
     if as_json:
-        typer.echo(
-            json.dumps({"written": written, "existing": existing, "skipped": skipped}, indent=1, ensure_ascii=False)
-        )
+        print_json({"written": written, "existing": existing, "skipped": skipped})
     else:
         said = f"{len(written)} pictures written to {out}, {model.upscale} times as large"
         said += f", {len(existing)} were there already (--overwrite makes them anew)" if existing else ""
         said += f", {len(skipped)} skipped" if skipped else ""
-        Console().print(said, markup=False, highlight=False, soft_wrap=True)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     if skipped:
         raise typer.Exit(1)

@@ -123,9 +123,20 @@ class Comparison(ABC):
         unknown = [name for name in names if name not in self.methods()]
         if unknown:
             raise ValueError(
-                f"{self.kind}: no method is called {', '.join(map(repr, unknown))}; known: {', '.join(self.methods())}"
+                f"{self.kind}: no method is called {', '.join(map(repr, unknown))}; known: {'; '.join(self.methods())}"
             )
         return [self.baseline, *(name for name in names if name != self.baseline)]
+
+    def named(self, text: str) -> list[str]:
+        """The names in a text with commas between them; a known name that holds commas itself stays whole."""
+        parts = [part.strip() for part in text.split(",")]
+        known = set(self.methods())
+        found = []
+        while parts:
+            size = next((n for n in range(len(parts), 1, -1) if ", ".join(parts[:n]) in known), 1)
+            found.append(", ".join(parts[:size]))
+            parts = parts[size:]
+        return [name for name in found if name]
 
     def default_methods(self, options: Options) -> list[str]:
         """What is compared when the user names nothing."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot
 from tokenry.measure.machine import Machine, describe_machine, package_versions
@@ -57,13 +57,35 @@ def comparison(kind: str) -> Comparison:
     return getattr(importlib.import_module(module), name)()
 
 
+def _options(kind: str, given: dict[str, Any]) -> Options:
+    """The options, or one sentence on the first that is wrong."""
+    try:
+        return Options(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(Options.model_fields)
+            raise ValueError(f"{kind}: there is no option {name!r}; options: {known}") from error
+        raise ValueError(f"{kind}: {name}={first['input']!r}: {first['msg']}") from error
+
+
+def _state(name: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of what a user's model or data is made of; empty for what is not on this disk."""
+    path = Path(name) if name else None
+    if path is None or not path.exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def compare(kind: str, *, out: Path | str | None = None, quiet: bool = False, **options: Any) -> Result:
     """Compare methods of one kind and return the result.
 
     Args:
         kind: One of ``KINDS``.
         out: Folder for the run: steps as they finish, then ``result.json``. The same call on the same folder
-            goes on where a killed run stopped. None keeps nothing.
+            goes on where a killed run stopped, unless the files of model or data have changed since. None keeps nothing.
         quiet: No progress bar.
         **options: Fields of ``Options``.
 
@@ -71,10 +93,11 @@ def compare(kind: str, *, out: Path | str | None = None, quiet: bool = False, **
         ValueError: A bad option, before anything heavy runs.
     """
     found = comparison(kind)
-    parsed = Options(**options)
+    parsed = _options(kind, options)
     found.check(parsed)
     began = time.perf_counter()
-    with Session(out, {"kind": kind, **parsed.model_dump()}, quiet=quiet) as session:
+    settings = {"kind": kind, **parsed.model_dump(), "files": [_state(parsed.model), _state(parsed.data)]}
+    with Session(out, settings, quiet=quiet) as session:
         outcome = found.run(parsed, session)
     result = Result(
         kind=kind,

@@ -45,7 +45,7 @@ from .parallel_prompts import ParallelPrompts as ParallelPrompts
 from .ppd import ParallelPromptDecoding as ParallelPromptDecoding
 from .s2d import SortedDraft as SortedDraft
 from .s2d import SortedSpeculative as SortedSpeculative
-from .s2d import check_same_vocabulary as check_same_vocabulary
+from .same_vocabulary import check_same_vocabulary as check_same_vocabulary
 from .skipdecode import SkipRun as SkipRun
 from .skipdecode import SkipSchedule as SkipSchedule
 from .skipdecode import skip_decode as skip_decode

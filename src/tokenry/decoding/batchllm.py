@@ -31,7 +31,7 @@ from tokenry.decoding.batching.token_batching import BatchStats, Piece, TokenBat
 from tokenry.decoding.engine.stopping import RowStopping
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 __all__ = ["batch_generate", "parse_memory"]
 
@@ -223,6 +223,13 @@ class _Rules:
         return any(bool(c(ids, None).any()) for c in [*rule.others, *rule.timed])
 
 
+def learned_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has a learned embedding for; None where positions are computed, for any length."""
+    config = config.get_text_config(decoder=True)
+    computed = getattr(config, "rope_parameters", None) is not None
+    return None if computed else getattr(config, "max_position_embeddings", None)
+
+
 def _check(model: Any, texts: list[list[int]], most: Sequence[int], generation: dict[str, Any]) -> None:
     """Refuse what cannot work, before anything runs."""
     for name, why in REFUSED.items():
@@ -243,9 +250,10 @@ def _check(model: Any, texts: list[list[int]], most: Sequence[int], generation: 
     length = len(texts[longest]) + most[longest] - 1
     rope = getattr(config, "rope_parameters", None)
     known = getattr(config, "max_position_embeddings", None)
-    if rope is None and known is not None and length > known:
+    positions = learned_positions(config)
+    if positions is not None and length > positions:
         raise ValueError(
-            f"request {longest} reaches {length:,} tokens, the model has {known:,} positions; shorten its prompt or "
+            f"request {longest} reaches {length:,} tokens, the model has {positions:,} positions; shorten its prompt or "
             "lower max_new_tokens"
         )
     kinds = {part.get("rope_type") for part in _rope_parts(rope)} & {"dynamic", "longrope"}

@@ -40,6 +40,7 @@ from tokenry.decoding.engine.passes import Passes
 from tokenry.decoding.engine.row_reader import RowReader, check_reader
 from tokenry.decoding.engine.state import DecodingState, Proposal
 from tokenry.decoding.engine.strategy import DraftStrategy
+from tokenry.decoding.same_vocabulary import check_shared_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,6 @@ __all__ = ["Collaboration", "CollaborationOutput", "collaborate", "fuse_contrast
 
 Method = Literal["oracle", "contrastive", "speculative", "proxy"]
 ALPHA = {"contrastive": 0.1, "proxy": 1.0}  # the paper's
-PROBES = 256  # ids at which two tokenizers are compared
 
 
 def fuse_contrastive(large: Tensor, small: Tensor, alpha: float = 0.1, beta: float = 0.5) -> Tensor:
@@ -141,29 +141,11 @@ def collaborate(
     if top_k < 0:
         raise ValueError(f"top_k={top_k}: the number of probabilities to keep per token is 0 or more")
     if tokenizers is not None:
-        check_same_tokens(*tokenizers)
+        check_shared_ids(*tokenizers)
     for model in (large_model, tuned_model):
         if model is not None:
             check_reader(model)
     return Collaboration(large_model, method, router or Router.normal(), tuned_model, weight, beta, draft_tokens, top_k)
-
-
-def check_same_tokens(small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers whose ids mean different things; vocabularies may differ in length.
-
-    Raises:
-        ValueError: Names the first id that differs.
-    """
-    shared = min(len(small), len(large))
-    special = [*small.all_special_ids, *large.all_special_ids]
-    probes = sorted({*range(0, shared, max(1, shared // PROBES)), *(i for i in special if i < shared), shared - 1})
-    theirs = large.convert_ids_to_tokens(probes)
-    for token, mine, other in zip(probes, small.convert_ids_to_tokens(probes), theirs, strict=True):
-        if mine != other:
-            raise ValueError(
-                f"token {token} is {mine!r} to the small model and {other!r} to the large one; both must use one "
-                "tokenizer: take two models of one family"
-            )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tokenry.decoding.engine.branches import Branches
 from tokenry.decoding.prompt_tree import TOP_K
+from tokenry.measure.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,10 +208,9 @@ class ParallelPrompts(nn.Module):
                 optimizer.step()
                 losses.append(loss.item())
                 if file is not None and (len(losses) % 50 == 0 or len(losses) == steps):
-                    temporary = file.with_suffix(".tmp")
                     state = {"embeddings": self.embeddings.data, "optimizer": optimizer.state_dict(), "losses": losses}
-                    torch.save(state, temporary)
-                    temporary.replace(file)
+                    with whole_file(file) as unfinished:
+                        torch.save(state, unfinished)
         finally:
             model.train(was_training)
         self.accuracy = None  # of other embeddings

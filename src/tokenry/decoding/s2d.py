@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ from tokenry.decoding.nested_exits import ModelPart, NestedRun, with_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SortedDraft", "SortedSpeculative", "check_same_vocabulary"]
+__all__ = ["SortedDraft", "SortedSpeculative"]
 
 EMBEDDED = "sorted-draft"
 
@@ -389,26 +389,3 @@ def check_pair(draft: PreTrainedModel, target: PreTrainedModel) -> None:
                 f"accepted less often; draft.to({theirs}) changes that",
                 stacklevel=2,
             )
-
-
-def check_same_vocabulary(draft_tokenizer: Any, target_tokenizer: Any) -> None:
-    """Compare two tokenizers entry by entry: vocabularies of one size can still differ.
-
-    Args:
-        draft_tokenizer: Tokenizer of the model that the draft was made from, or its ``{token: id}``.
-        target_tokenizer: Tokenizer of the target, or its ``{token: id}``.
-
-    Raises:
-        ValueError: A token has another id, or none; the message names one.
-
-    Example:
-        >>> check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 1})
-    """
-    one, other = (v if isinstance(v, Mapping) else v.get_vocab() for v in (draft_tokenizer, target_tokenizer))
-    different = sorted(token for token in {*one, *other} if one.get(token) != other.get(token))
-    if different:
-        token = different[0]
-        raise ValueError(
-            f"{len(different)} tokens differ between the two vocabularies, {token!r} for one: id {one.get(token)} for the "
-            f"draft, {other.get(token)} for the target. A draft serves targets of its own vocabulary only"
-        )

@@ -18,6 +18,7 @@ import platformdirs
 from pydantic import BaseModel, Field
 
 from tokenry.measure.machine import Machine, describe_machine, package_versions
+from tokenry.measure.whole_file import whole_file
 
 __all__ = ["CHECKS", "Record", "all_records", "latest", "project_records", "save_project", "save_user", "user_records"]
 
@@ -92,9 +93,8 @@ def save_project(records: Iterable[Record]) -> None:
     for slug, new in by_slug.items():
         path = PROJECT / f"{slug}.jsonl"
         old = [Record.model_validate_json(x) for x in path.read_text("utf-8").splitlines()] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(r.model_dump_json() + "\n" for r in latest([*old, *new])), "utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text("".join(r.model_dump_json() + "\n" for r in latest([*old, *new])), "utf-8")
 
 
 def _database() -> Path:

@@ -8,10 +8,10 @@ from .dynamic_dwconv import dynamic_dwconv as dynamic_dwconv
 from .flow_attention import flow_attention as flow_attention
 from .kv_compaction import compact_path as compact_path
 from .kv_compaction import compact_rows as compact_rows
-from .linear_cross_entropy import CHUNKED as CHUNKED
 from .linear_cross_entropy import LinearNLL as LinearNLL
 from .linear_cross_entropy import Plan as Plan
 from .linear_cross_entropy import dense_nll as dense_nll
+from .linear_cross_entropy_tiles import CHUNKED as CHUNKED
 from .partial_attention import merge_partial_attention as merge_partial_attention
 from .partial_attention import partial_attention as partial_attention
 from .scan_orders import BIDIRECTIONAL as BIDIRECTIONAL

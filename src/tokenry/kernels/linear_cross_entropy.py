@@ -14,22 +14,21 @@ With upstream gradients g_n (of nll) and h_n (of LSE), and everything but LSE co
 A tile of S whose entries are all below ``filter_eps`` adds nothing that the number format would keep; it may be
 skipped. Visiting the vocabulary in the order of its mean logit puts improbable entries into the same tiles.
 
-Three ways to compute it: ``dense_nll`` is the definition; ``CHUNKED`` walks over tiles with PyTorch's own matrix
-products, on any device; ``tokenry.kernels._triton`` holds GPU kernels that never leave the chip. The last two share
-``LinearNLL``, the autograd function.
+Three ways to compute it: ``dense_nll`` is the definition; ``linear_cross_entropy_tiles`` walks over tiles with PyTorch's
+own matrix products, on any device; ``tokenry.kernels._triton`` holds GPU kernels that never leave the chip. The last two
+are back ends of ``LinearNLL``, the autograd function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CHUNKED", "Backend", "Chunked", "LinearNLL", "Plan", "VocabParallel", "dense_nll"]
+__all__ = ["Backend", "LinearNLL", "Operands", "Plan", "VocabParallel", "dense_nll", "wide_dtype"]
 
 
 @dataclass(frozen=True)
@@ -98,36 +97,59 @@ class Plan:
     parallel: VocabParallel | None = None
 
 
-class Backend(Protocol):
-    """How tiles are computed. ``rows`` (N,) picks rows of ``e``; None takes all."""
+class Operands(NamedTuple):
+    """The tensors of one loss.
 
-    def log_sum_exp(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None, plan: Plan, want_mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    Attributes:
+        e: Embeddings (M, D).
+        c: Classifier (V, D).
+        bias: (V,) or None.
+        targets: (N,) of the rows that count, int64; outside ``[0, V)`` where another process holds them.
+        rows: (N,) numbers of these rows in ``e``; None: all, N = M.
+    """
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor | None
+
+
+class Backend(Protocol):
+    """How tiles are computed."""
+
+    def log_sum_exp(self, x: Operands, plan: Plan, want_mean: bool) -> tuple[Tensor, Tensor | None]:
         """LSE (N,) and, if wanted, the mean logit of every vocabulary entry (V,)."""
         ...
 
-    def target_logits(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, plan: Plan
-    ) -> Tensor:
+    def target_logits(self, x: Operands, plan: Plan) -> Tensor:
         """z_{n, x_n} (N,); entries whose target is outside ``[0, V)`` are 0."""
         ...
 
     def gradients(
         self,
-        e: Tensor,
-        c: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: Tensor | None,
+        x: Operands,
+        plan: Plan,
         lse: Tensor,
         g: Tensor,
         h: Tensor | None,
         order: Tensor | None,
         needs: tuple[bool, bool, bool],
-        plan: Plan,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """DE like ``e``, dC like ``c``, db like ``bias``, each where needed."""
+        """The gradients that are needed.
+
+        Args:
+            x: What the forward pass had.
+            plan: Likewise.
+            lse: Its LSE (N,).
+            g: Gradient of nll (N,).
+            h: Gradient of LSE (N,); None: 0.
+            order: The vocabulary in the order to visit it (V,), int32; None: as it is.
+            needs: Whether dE, dC and db are.
+
+        Returns:
+            DE like ``e``, dC like ``c``, db like ``bias``.
+        """
         ...
 
 
@@ -154,183 +176,14 @@ def dense_nll(
     logits = e @ c.T if bias is None else torch.addmm(bias.to(e.dtype), e, c.T)  # (N, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.to(_wide(e.dtype))
+    logits = logits.to(wide_dtype(e.dtype))
     lse = logits.logsumexp(-1)
     return lse - logits.gather(-1, targets[:, None]).squeeze(-1), lse
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over inputs of this dtype are kept in: float32, for float64 float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Chunked:
-    """Tiles by PyTorch's matrix products, on any device, in float32 (float64 for float64 inputs).
-
-    Beyond inputs and gradients it holds one tile (two with a softcap) and, where rows are picked or inputs are in
-    half precision, the picked rows in float32. dE and dC are always added up in float32.
-
-    Args:
-        cpu_bytes: Size of a tile on a CPU: small enough to stay in its last-level cache.
-        gpu_bytes: Size of a tile elsewhere.
-    """
-
-    def __init__(self, cpu_bytes: int = 16 << 20, gpu_bytes: int = 256 << 20) -> None:
-        self.cpu_bytes, self.gpu_bytes = cpu_bytes, gpu_bytes
-
-    def tile(self, n: int, v: int, device: torch.device, plan: Plan) -> tuple[int, int]:
-        """``(tokens, vocabulary entries)`` of a tile."""
-        if plan.tile is not None:
-            return plan.tile
-        room = (self.cpu_bytes if device.type == "cpu" else self.gpu_bytes) // 4
-        tokens = max(1, min(n, 2048 if device.type == "cpu" else 8192))
-        return tokens, max(1, min(v, room // tokens))
-
-    def log_sum_exp(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None, plan: Plan, want_mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Running maximum and sum over vocabulary tiles."""
-        e = _picked(e, rows)  # (N, D)
-        n, v, wide = len(e), len(c), e.dtype
-        top = e.new_full((n, 1), torch.finfo(wide).min)  # finite, so that logits of -inf do no harm
-        total = e.new_zeros(n, 1)
-        mean = e.new_zeros(v) if want_mean else None
-        tokens, entries = self.tile(n, v, e.device, plan)
-        buffer = e.new_empty(tokens * entries)
-        for vs in _slices(v, entries):
-            cv = c[vs].to(wide)  # (w, D)
-            bv = None if bias is None else bias[vs].to(wide)
-            for ns in _slices(n, tokens):
-                z = _logits(buffer, e[ns], cv, bv, plan.softcap)  # (t, w)
-                if mean is not None:
-                    mean[vs] += z.sum(0) / n
-                higher = torch.maximum(top[ns], z.amax(1, keepdim=True))
-                z.sub_(higher).exp_()
-                total[ns] = total[ns] * (top[ns] - higher).exp_() + z.sum(1, keepdim=True)
-                top[ns] = higher
-        return (top + total.log()).squeeze(1), mean
-
-    def target_logits(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, plan: Plan
-    ) -> Tensor:
-        """One dot product a row."""
-        wide = _wide(e.dtype)
-        here = (targets >= 0) & (targets < len(c))
-        inside = torch.where(here, targets, 0)
-        out = torch.zeros(len(targets), dtype=wide, device=e.device)
-        for ns in _slices(len(targets), 4096):
-            picked = e[ns] if rows is None else e[rows[ns]]
-            out[ns] = (picked.to(wide) * c[inside[ns]].to(wide)).sum(1)
-        if bias is not None:
-            out += bias[inside].to(wide)
-        if plan.softcap is not None:
-            out = plan.softcap * torch.tanh(out / plan.softcap)
-        return torch.where(here, out, 0.0)
-
-    def gradients(
-        self,
-        e: Tensor,
-        c: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: Tensor | None,
-        lse: Tensor,
-        g: Tensor,
-        h: Tensor | None,
-        order: Tensor | None,
-        needs: tuple[bool, bool, bool],
-        plan: Plan,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Every tile once more: logits, S, the two products."""
-        full, e = e, _picked(e, rows)
-        n, v, wide = len(e), len(c), e.dtype
-        want_e, want_c, want_b = needs
-        de = torch.zeros_like(e) if want_e else None  # (N, D)
-        dc = torch.zeros_like(c, memory_format=torch.contiguous_format) if want_c else None
-        db = e.new_zeros(v) if want_b else None
-        filter_e = plan.filter_eps is not None and plan.filter_e and want_e
-        filter_c = plan.filter_eps is not None and plan.filter_c and want_c
-        place = targets if order is None else _inverse(order, targets)  # where each target stands in the order
-        weight = (g if h is None else g + h)[:, None]
-        tokens, entries = self.tile(n, v, e.device, plan)
-        buffer = e.new_empty(tokens * entries)
-        spare = e.new_empty(tokens * entries) if plan.softcap is not None else None
-        for vs in _slices(v, entries):
-            pick = vs if order is None else order[vs]
-            cv = c[pick].to(wide)  # (w, D)
-            bv = None if bias is None else bias[pick].to(wide)
-            direct = order is None and c.dtype == wide
-            dcv = None if dc is None else dc[vs] if direct else torch.zeros_like(cv)  # (w, D)
-            for ns in _slices(n, tokens):
-                s, slope = _probabilities(buffer, spare, e[ns], cv, bv, lse[ns], plan.softcap)  # (t, w) each
-                at = (place[ns] - vs.start)[:, None]
-                hit = ((at >= 0) & (at < len(cv))).to(wide)
-                at = at.clamp(0, len(cv) - 1)
-                s.scatter_add_(1, at, -hit)
-                skip = (filter_e or filter_c) and bool(s.abs().amax() < (plan.filter_eps or 0.0))
-                if skip and filter_e and filter_c:
-                    continue
-                s.mul_(weight[ns])
-                if h is not None:
-                    s.scatter_add_(1, at, hit * h[ns, None])
-                if slope is not None:
-                    s.addcmul_(s, slope.square_(), value=-1)
-                if db is not None:
-                    db[pick] += s.sum(0)
-                if de is not None and not (skip and filter_e):
-                    de[ns].addmm_(s, cv)
-                if dcv is not None and not (skip and filter_c):
-                    dcv.addmm_(s.T, e[ns])
-            if dc is not None and dcv is not None and not direct:
-                dc[pick] = dcv.to(dc.dtype)
-        if de is not None and rows is not None:
-            de = torch.zeros_like(full, dtype=wide).index_copy_(0, rows, de)
-        return de, dc, db
-
-
-CHUNKED = Chunked()
-
-
-def _picked(e: Tensor, rows: Tensor | None) -> Tensor:
-    return (e if rows is None else e[rows]).to(_wide(e.dtype))
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-def _inverse(order: Tensor, targets: Tensor) -> Tensor:
-    """Position in ``order`` of each target; -1 for targets outside it."""
-    rank = torch.empty_like(order, dtype=torch.int64)
-    rank[order.long()] = torch.arange(len(order), device=order.device)
-    here = (targets >= 0) & (targets < len(order))
-    return torch.where(here, rank[torch.where(here, targets, 0)], -1)
-
-
-def _logits(buffer: Tensor, e: Tensor, c: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    z = buffer[: len(e) * len(c)].view(len(e), len(c))
-    if bias is None:
-        torch.mm(e, c.T, out=z)
-    else:
-        torch.addmm(bias, e, c.T, out=z)
-    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
-
-
-def _probabilities(
-    buffer: Tensor, spare: Tensor | None, e: Tensor, c: Tensor, bias: Tensor | None, lse: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """exp(z - LSE) and, with a softcap, z / s."""
-    if softcap is None or spare is None:
-        p = buffer[: len(e) * len(c)].view(len(e), len(c))
-        if bias is None:
-            torch.addmm(lse[:, None], e, c.T, beta=-1, out=p)
-        else:
-            torch.sub(bias, lse[:, None], out=p)
-            p.addmm_(e, c.T)
-        return p.exp_(), None
-    slope = _logits(spare, e, c, bias, None).div_(softcap).tanh_()
-    p = buffer[: slope.numel()].view(slope.shape)
-    torch.mul(slope, softcap, out=p)
-    return p.sub_(lse[:, None]).exp_(), slope
 
 
 class LinearNLL(torch.autograd.Function):
@@ -360,16 +213,18 @@ class LinearNLL(torch.autograd.Function):
             e, c, bias = e.to(half), c.to(half), None if bias is None else bias.to(half)
         with torch.autocast(kind, enabled=False):
             sort = plan.filter_eps is not None and plan.sort and any(ctx.needs_input_grad[:3])
-            lse, mean = backend.log_sum_exp(e, c, bias, rows, plan, sort)
             share = plan.parallel
             if share is not None:
                 targets = targets - share.start  # outside [0, V) on the ranks that do not hold it
+            x = Operands(e, c, bias, targets, rows)
+            lse, mean = backend.log_sum_exp(x, plan, sort)
+            if share is not None:
                 lse = _reduce_lse(lse, share.group)
-            z = backend.target_logits(e, c, bias, targets, rows, plan)
+            z = backend.target_logits(x, plan)
             if share is not None:
                 dist.all_reduce(z, group=share.group)
         order = None if mean is None else mean.argsort().to(torch.int32)
-        ctx.save_for_backward(e, c, bias, targets, rows, lse, order)
+        ctx.save_for_backward(*x, lse, order)
         ctx.plan, ctx.backend = plan, backend
         ctx.set_materialize_grads(False)
         return lse - z, lse.clone()
@@ -378,20 +233,20 @@ class LinearNLL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Recompute and multiply."""
-        e, c, bias, targets, rows, lse, order = ctx.saved_tensors
+        *operands, lse, order = ctx.saved_tensors
+        x = Operands(*operands)
         if g is None and h is None:
             return (None,) * 7
         if g is None:
             g = torch.zeros_like(lse)
-        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
-        with torch.autocast(e.device.type, enabled=False):
-            grads = ctx.backend.gradients(e, c, bias, targets, rows, lse, g, h, order, needs, ctx.plan)
-        de, dc, db = grads
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], x.bias is not None and ctx.needs_input_grad[2]
+        with torch.autocast(lse.device.type, enabled=False):
+            de, dc, db = ctx.backend.gradients(x, ctx.plan, lse, g, h, order, needs)
         share = ctx.plan.parallel
         if share is not None and share.reduce_e_grad and de is not None:
             de = de.float() if de.dtype != torch.float64 else de
             dist.all_reduce(de, group=share.group)
-        de, dc, db = (x if x is None else x.to(t) for x, t in zip((de, dc, db), ctx.dtypes, strict=True))
+        de, dc, db = (d if d is None else d.to(t) for d, t in zip((de, dc, db), ctx.dtypes, strict=True))
         return de, dc, db, None, None, None, None
 
 

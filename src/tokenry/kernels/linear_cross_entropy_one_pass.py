@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenry.kernels.linear_cross_entropy import Operands
+
 __all__ = ["OnePassLoss", "tokens_at_once"]
 
 BYTES = 64 << 20  # of one tile: tokens × whole vocabulary
@@ -33,15 +35,8 @@ def tokens_at_once(vocab: int, dtype: torch.dtype) -> int | None:
     return tokens if tokens >= FEWEST else None
 
 
-def _loss_and_gradients(
-    e: Tensor,
-    c: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    weight: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor, list[Tensor | None]]:
+def _loss_and_gradients(x: Operands, weight: float, needs: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    e, c, bias, targets, rows = x
     picked = e if rows is None else e[rows]  # (N, D)
     n, v = len(picked), len(c)
     tokens = min(n, tokens_at_once(v, e.dtype) or 1)
@@ -97,8 +92,9 @@ class OnePassLoss(torch.autograd.Function):
     ) -> Tensor:
         """The loss, and the gradients for an upstream gradient of one."""
         needs = tuple(need and with_gradients for need in ctx.needs_input_grad[:3])
-        loss, ctx.gradients = _loss_and_gradients(e, c, bias, targets, rows, weight, needs)
-        ctx.save_for_backward(e, c, bias, targets, rows)
+        x = Operands(e, c, bias, targets, rows)
+        loss, ctx.gradients = _loss_and_gradients(x, weight, needs)
+        ctx.save_for_backward(*x)
         ctx.weight = weight
         return loss
 
@@ -108,6 +104,5 @@ class OnePassLoss(torch.autograd.Function):
         """Times ``g``. A second call on a retained graph computes them again."""
         found, ctx.gradients = ctx.gradients, None
         if found is None:
-            e, c, bias, targets, rows = ctx.saved_tensors
-            _, found = _loss_and_gradients(e, c, bias, targets, rows, ctx.weight, ctx.needs_input_grad[:3])
-        return *(x if x is None else x.mul_(g) for x in found), None, None, None, None
+            _, found = _loss_and_gradients(Operands(*ctx.saved_tensors), ctx.weight, ctx.needs_input_grad[:3])
+        return *(d if d is None else d.mul_(g) for d in found), None, None, None, None

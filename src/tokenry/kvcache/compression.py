@@ -1,8 +1,7 @@
 """The machinery of every cache that evicts: observe attention, score the stored entries, keep a budget of them.
 
-A method is a *scorer* (which entries matter, ``tokenry.kvcache.scores``) and possibly a *merger* (what becomes of the
-evicted, for example ``tokenry.kvcache.ems``). Everything else is here, once: per-head gathering, positions, left
-padding, running sums, repeated compression while decoding.
+A method is a *scorer* and possibly a *merger* (``tokenry.kvcache.entries``). Everything else is here, once: positions,
+left padding, running sums, repeated compression while decoding.
 
 Two rules keep a shortened cache correct. ``get_seq_length`` counts the tokens *seen*, so the next token gets its true
 position although fewer entries are stored; ``get_mask_sizes`` gives the stored length and the difference as offset.
@@ -14,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,171 +22,12 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from tokenry.kernels.attention_sums import attention_sums
+from tokenry.kvcache.entries import Entries, Merger, Scorer, compress
+from tokenry.kvcache.future_queries import FutureQueries, QueryMoments, read_queries
 from tokenry.kvcache.observe import AttentionCall, check_observed, forget, observe_next_attention
+from tokenry.kvcache.rotation import rotation_of
 
-__all__ = [
-    "CompressedCache",
-    "CompressedLayer",
-    "Entries",
-    "Merger",
-    "Scorer",
-    "cache_bytes",
-    "compress",
-    "evict",
-    "merge_into",
-]
-
-TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass
-class Entries:
-    """What is known about the ``S`` stored entries of a layer, per key head.
-
-    Attributes:
-        keys: ``[B, H, S, D]`` as cached (rotated).
-        values: ``[B, H, S, D]``.
-        positions: ``[B, H, S]`` int64: number of the token in the sequence, padding counted.
-        valid: ``[B, S]`` bool: False for padding. Padding comes first.
-        sums: ``[B, H, S]`` float32: attention from the observed queries, averaged over a group's heads.
-        counts: ``[B, H, S]`` int64: how many observed queries could see the entry.
-        recent: ``[B, H, R, S]`` float32: attention rows of the last ``R <= window`` queries; zero where a query
-            could not see the entry.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    valid: Tensor
-    sums: Tensor
-    counts: Tensor
-    recent: Tensor
-
-
-class Scorer(Protocol):
-    """Ranks stored entries; a higher score stays."""
-
-    @property
-    def needs(self) -> Literal["all", "recent", "nothing"]:
-        """What attention must be observed.
-
-        ``"all"``: column sums over all queries; ``"recent"``: only the newest queries' rows, which is cheaper
-        (``sums`` then holds those rows' sums); ``"nothing"``: none.
-        """
-        ...
-
-    def __call__(self, entries: Entries) -> Tensor:
-        """Scores ``[B, H, S]`` float32; what padding gets does not matter."""
-        ...
-
-
-class Merger(Protocol):
-    """Says which evicted entries live on inside kept ones."""
-
-    def candidates(self, budget: int) -> int:
-        """How many evicted entries, best first, may be merged."""
-        ...
-
-    def classes(self, keys: Tensor, candidates: Tensor) -> Tensor:
-        """Class of each candidate.
-
-        Args:
-            keys: ``[B, H, K, D]`` of the kept old entries, in ascending position.
-            candidates: ``[B, H, M, D]`` keys of the candidates.
-
-        Returns:
-            ``[B, H, M]`` int64: 0 drops the candidate, ``c >= 1`` merges it into kept entry ``c - 1``.
-        """
-        ...
-
-
-def evict(scores: Tensor, budget: int, window: int, candidates: int = 0) -> tuple[Tensor, Tensor]:
-    """Choose what stays beside the window: the best ``budget - window`` older entries of every head.
-
-    Args:
-        scores: ``[..., S]``; on a tie the older entry wins.
-        budget: Entries that stay, the window included.
-        window: Newest entries that always stay.
-        candidates: How many of the next best to return, for merging.
-
-    Returns:
-        ``heavy`` ``[..., budget - window]`` indices in ascending order, and ``next best`` ``[..., M]`` indices by
-        falling score, ``M <= candidates``.
-
-    Example:
-        >>> heavy, rest = evict(torch.tensor([0.3, 0.1, 0.3, 0.2, 0.0]), budget=3, window=1, candidates=1)
-        >>> heavy.tolist(), rest.tolist()
-        ([0, 2], [3])
-    """
-    older = scores[..., : scores.shape[-1] - window]
-    order = older.argsort(dim=-1, descending=True, stable=True)
-    keep = budget - window
-    return order[..., :keep].sort(dim=-1).values, order[..., keep : keep + candidates]
-
-
-def merge_into(kept: Tensor, members: Tensor, classes: Tensor) -> Tensor:
-    """Add members to the entries they are merged into; class 0 is thrown away. All heads at once.
-
-    Args:
-        kept: ``[B, H, K, ...]``.
-        members: ``[B, H, M, ...]``.
-        classes: ``[B, H, M]`` in ``0..K``.
-    """
-    slots = torch.cat([torch.zeros_like(kept[:, :, :1]), kept], dim=2)  # slot 0 is the zero class
-    index = classes.view(*classes.shape, *[1] * (kept.ndim - 3)).expand_as(members)
-    return slots.scatter_add(2, index, members)[:, :, 1:]
-
-
-def compress(entries: Entries, scores: Tensor, budget: int, window: int, merger: Merger | None = None) -> Entries:
-    """Keep ``budget`` entries per head, and merge what the merger says into them.
-
-    Merging is a weighted mean with the scores as weights, of keys and of values alike, so norms never grow. An entry
-    without members stays bit for bit. Running sums of members are added.
-
-    Args:
-        entries: ``S >= budget`` entries.
-        scores: ``[B, H, S]``, at least 0 where a merger is given.
-        budget: Entries that stay, the window included.
-        window: Newest entries that always stay and take part in no merging.
-        merger: None: the evicted are dropped.
-
-    Returns:
-        The ``budget`` entries that stay, in ascending position.
-    """
-    scores = scores.masked_fill(~entries.valid[:, None], -torch.inf)
-    heavy, rest = evict(scores, budget, window, 0 if merger is None else merger.candidates(budget))
-    batch, heads, stored = scores.shape
-    newest = torch.arange(stored - window, stored, device=scores.device).expand(batch, heads, window)
-    kept = torch.cat([heavy, newest], dim=-1)  # [B, H, budget]
-    left = Entries(
-        keys=_pick(entries.keys, kept),
-        values=_pick(entries.values, kept),
-        positions=entries.positions.gather(-1, kept),
-        valid=entries.valid.gather(-1, kept[:, 0]),  # padding is kept first or not at all, in every head alike
-        sums=entries.sums.gather(-1, kept),
-        counts=entries.counts.gather(-1, kept),
-        recent=_pick(entries.recent.transpose(2, 3), kept).transpose(2, 3),
-    )
-    if merger is None or rest.shape[-1] == 0:
-        return left
-    old, members = slice(0, heavy.shape[-1]), scores.gather(-1, rest)
-    classes = merger.classes(left.keys[:, :, old], _pick(entries.keys, rest))  # [B, H, M]
-    classes = classes.masked_fill(members == -torch.inf, 0)
-    weight, member_weight = scores.gather(-1, heavy).clamp_min(0), members.clamp_min(0)
-    total = merge_into(weight, member_weight, classes)[..., None]
-    for target, source in ((left.keys, entries.keys), (left.values, entries.values)):
-        own, others = target[:, :, old].float() * weight[..., None], _pick(source, rest).float()
-        mixed = merge_into(own, others * member_weight[..., None], classes) / total.clamp_min(TINY)
-        target[:, :, old] = torch.where(total > weight[..., None], mixed.to(target.dtype), target[:, :, old])
-    left.sums[..., old] = merge_into(left.sums[..., old], entries.sums.gather(-1, rest), classes)
-    rows = _pick(entries.recent.transpose(2, 3), rest)  # [B, H, M, R]
-    left.recent[..., old] = merge_into(left.recent[..., old].transpose(2, 3), rows, classes).transpose(2, 3)
-    return left
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Entries ``index`` ``[B, H, K]`` of ``x`` ``[B, H, S, D]``."""
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+__all__ = ["CompressedCache", "CompressedLayer", "cache_bytes"]
 
 
 class CompressedLayer(DynamicLayer):
@@ -213,6 +53,7 @@ class CompressedLayer(DynamicLayer):
         self.sums: Tensor | None = None
         self.counts: Tensor | None = None
         self.recent: Tensor | None = None
+        self.moments: QueryMoments | None = None
 
     @property
     def stored(self) -> int:
@@ -258,26 +99,27 @@ class CompressedLayer(DynamicLayer):
         super().reset()
         self._forget()
 
-    def _per_row(self) -> list[str]:
-        return [n for n in ("positions", "sums", "counts", "recent") if getattr(self, n) is not None]
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of what is kept beside keys and values."""
+        for name in ("positions", "sums", "counts", "recent"):
+            found = getattr(self, name)
+            setattr(self, name, None if found is None else change(found))
+        self.moments = None if self.moments is None else QueryMoments(*map(change, self.moments))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows, for beam search."""
         super().reorder_cache(beam_idx)
-        for name in self._per_row():
-            setattr(self, name, getattr(self, name).index_select(0, beam_idx.to(getattr(self, name).device)))
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        for name in self._per_row():
-            setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
-        for name in self._per_row():
-            setattr(self, name, getattr(self, name)[indices, ...])
+        self._each_row(lambda x: x[indices, ...])
 
     @torch.no_grad()
     def observe(self, call: AttentionCall) -> None:
@@ -297,7 +139,7 @@ class CompressedLayer(DynamicLayer):
         else:
             due = self.stored > self.budget
         if due:
-            self._compress(valid)
+            self._compress(call, valid)
 
     def _check(self, valid: Tensor, new: int) -> None:
         """The mask must cover all that was seen, with padding on the left."""
@@ -323,7 +165,10 @@ class CompressedLayer(DynamicLayer):
         positions = places.expand(batch, heads, -1)
         self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=-1)
         needs, query, mask, bias = self.scorer.needs, call.query, call.mask, call.bias
-        if needs == "nothing":
+        if needs == "queries":
+            first = self.cumulative_length - new
+            self.moments = read_queries(self.moments, query, valid, rotation_of(call.module), first)
+        if needs in ("queries", "nothing"):
             return
         if needs == "recent" and new > self.window:  # older queries cannot matter
             query = query[:, :, -self.window :]
@@ -350,9 +195,12 @@ class CompressedLayer(DynamicLayer):
         recent = torch.cat([torch.nn.functional.pad(self.recent, grow), seen.rows], dim=2)
         self.recent = recent[:, :, -self.window :]
 
-    def _compress(self, valid: Tensor) -> None:
+    def _compress(self, call: AttentionCall, valid: Tensor) -> None:
         """Cut to the budget; carry the running sums along if there is a next time."""
         keys, values = self._held()
+        queries = None
+        if self.moments is not None:
+            queries = FutureQueries(self.moments, rotation_of(call.module), self.cumulative_length, call.scaling)
         none = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         entries = Entries(
             keys=keys,
@@ -362,11 +210,12 @@ class CompressedLayer(DynamicLayer):
             sums=none if self.sums is None else self.sums,
             counts=none.long() if self.counts is None else self.counts,
             recent=none[:, :, None][:, :, :0] if self.recent is None else self.recent,
+            queries=queries,
         )
         left = compress(entries, self.scorer(entries), self.budget, self.window, self.merger)
         self.keys, self.values, self.compressed = left.keys, left.values, True
         if self.every is None:
-            self.positions = self.sums = self.counts = self.recent = None
+            self.positions = self.sums = self.counts = self.recent = self.moments = None
             return
         self.positions = left.positions
         if self.sums is not None:
@@ -469,9 +318,10 @@ def cache_bytes(cache: Cache) -> int:
         192
     """
     found = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for layer in cache.layers
         for value in vars(layer).values()
-        if isinstance(value, Tensor)
+        for tensor in (value if isinstance(value, tuple) else (value,))
+        if isinstance(tensor, Tensor)
     }
     return sum(found.values())

@@ -37,6 +37,7 @@ class AttentionCall:
     """One attention call as the module made it.
 
     Attributes:
+        module: The attention module.
         query: ``[B, Hq, Q, D]``, with positions already applied.
         scaling: Factor on the scores.
         mask: ``[B or 1, Hq or 1, Q, S]`` bool (True may look) or additive float; None is causal.
@@ -46,6 +47,7 @@ class AttentionCall:
         bias: Position bias added to the scores, or None.
     """
 
+    module: nn.Module
     query: Tensor
     scaling: float
     mask: Tensor | None = None
@@ -166,6 +168,7 @@ def _call(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict
         valid = valid.expand(query.shape[0], -1)
     scaling = kwargs.get("scaling")
     return AttentionCall(
+        module=module,
         query=query.detach(),
         scaling=getattr(module, "scaling", query.shape[-1] ** -0.5) if scaling is None else scaling,
         mask=mask,

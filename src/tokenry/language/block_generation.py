@@ -73,7 +73,7 @@ def generate_blocks(
         if not keep_cache:
             cache = BlockTransformerCache(length, cache.fill)
         hidden, _ = model.extend(cache, (new if keep_cache else aligned).to(model.device), mask)
-        logits = model.lm_head(hidden)[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)  # (N, V)
+        logits = model.lm_head(hidden)[:, -1].to(dtype=torch.float32, device=ids.device)  # (N, V)
         chosen_from = logits_processor(ids, logits)
         if scores is not None:
             scores.append(chosen_from)
@@ -82,7 +82,7 @@ def generate_blocks(
         if generation_config.do_sample:
             tokens = torch.multinomial(chosen_from.softmax(-1), 1)[:, 0]
         else:
-            tokens = chosen_from.argmax(-1)  # (N,)
+            tokens = chosen_from.max(-1).indices  # (N,); on a CPU twice as fast as argmax
         if ends_with_token:
             tokens = torch.where(running, tokens, pad)
         new = tokens[:, None]

@@ -1,5 +1,8 @@
 from .counting import count_macs as count_macs
 from .counting import peak_activations as peak_activations
+from .intervals import mean_interval as mean_interval
+from .intervals import paired_interval as paired_interval
+from .intervals import standard_error as standard_error
 from .machine import Machine as Machine
 from .machine import describe_machine as describe_machine
 from .machine import package_versions as package_versions
@@ -9,3 +12,4 @@ from .timing import crossing as crossing
 from .timing import fit_exponent as fit_exponent
 from .timing import interleave as interleave
 from .timing import peak_extra_memory as peak_extra_memory
+from .whole_file import whole_file as whole_file

@@ -9,6 +9,8 @@ from .cat import ChannelGate as ChannelGate
 from .cat import SpatialGate as SpatialGate
 from .channel_attention import ChannelGroupAttention as ChannelGroupAttention
 from .channel_attention import channel_attention_maps as channel_attention_maps
+from .dense_semantic_token import DenseSemanticTokenMixer as DenseSemanticTokenMixer
+from .dense_semantic_token import SurroundingsBlock as SurroundingsBlock
 from .dss2d import DSS2D as DSS2D
 from .dss2d import DCNv4 as DCNv4
 from .dual_attention import DualAttention as DualAttention

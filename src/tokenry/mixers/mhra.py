@@ -17,12 +17,13 @@ Cost at C channels and N tokens: local 2C^2 + (k^2 + 3)C parameters and N(2C^2 +
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.layers.pointwise import Pointwise
+from tokenry.layers.pointwise import Pointwise, Pointwise3d
 from tokenry.layers.window_partition import window_merge, window_partition
 from tokenry.mixers.attention import AttentionMixer
 from tokenry.mixers.registry import Layout
@@ -51,6 +52,8 @@ class LocalMHRA(nn.Module):
 
     layout = Layout.NCHW
     fixed_tokens = None
+    pointwise: ClassVar[type[Pointwise | Pointwise3d]] = Pointwise
+    depthwise: ClassVar[type[nn.Conv2d | nn.Conv3d]] = nn.Conv2d
 
     def __init__(
         self,
@@ -64,11 +67,11 @@ class LocalMHRA(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}; use {max(kernel_size, 0) | 1}")
-        self.value = Pointwise(dim, dim, device=device, dtype=dtype)
-        self.affinity = nn.Conv2d(
+        self.value = self.pointwise(dim, dim, device=device, dtype=dtype)
+        self.affinity = self.depthwise(
             dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
         )
-        self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
+        self.proj = self.pointwise(dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ class GlobalMHRA(AttentionMixer):
         Returns:
             (B, N, C) and (B, N).
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = self._heads(x)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         first = (q[:, :, :1] @ k.mT * self.head_dim**-0.5).softmax(-1)  # (B, heads, 1, N): one row, not the matrix
         return self.drop(self.proj(y.transpose(1, 2).flatten(2))), first.mean(1).squeeze(1)

@@ -26,7 +26,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from tokenry.layers.pointwise import Pointwise3d
-from tokenry.mixers.mhra import GlobalMHRA
+from tokenry.mixers.mhra import GlobalMHRA, LocalMHRA
+from tokenry.mixers.registry import Layout
 
 __all__ = ["DividedMHRA3d", "GlobalMHRA3d", "LocalMHRA3d"]
 
@@ -38,7 +39,7 @@ def _check_clip(x: Tensor) -> None:
         )
 
 
-class LocalMHRA3d(nn.Module):
+class LocalMHRA3d(LocalMHRA):
     """Mix tokens that are near in space and time: a pointwise map, a depthwise 3-D convolution and a pointwise map.
 
     Args:
@@ -57,32 +58,16 @@ class LocalMHRA3d(nn.Module):
         (2560, torch.Size([2, 16, 4, 6, 9]))
     """
 
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: int = 5,
-        *,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}; use {max(kernel_size, 0) | 1}")
-        self.value = Pointwise3d(dim, dim, device=device, dtype=dtype)
-        self.affinity = nn.Conv3d(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
-        )
-        self.proj = Pointwise3d(dim, dim, device=device, dtype=dtype)
-        self.drop = nn.Dropout(proj_drop)
+    pointwise = Pointwise3d
+    depthwise = nn.Conv3d
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
         _check_clip(x)
-        return self.drop(self.proj(self.affinity(self.value(x))))
+        return super().forward(x)
 
 
-class GlobalMHRA3d(nn.Module):
+class GlobalMHRA3d(GlobalMHRA):
     """Mix all tokens of a clip by self-attention over space and time together.
 
     Args:
@@ -103,30 +88,18 @@ class GlobalMHRA3d(nn.Module):
         torch.Size([2, 32, 4, 3, 5])
     """
 
-    def __init__(
-        self,
-        dim: int,
-        head_dim: int | None = None,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        *,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.attention = GlobalMHRA(dim, head_dim, qkv_bias, attn_drop, proj_drop=proj_drop, device=device, dtype=dtype)
+    layout = Layout.NCHW  # with time before H
 
     def token_maps(self, x: Tensor) -> dict[str, Tensor]:
         """``attention`` (B, T, H, W): what every token receives, averaged over heads and queries."""
         _check_clip(x)
-        received = self.attention.token_maps(x.flatten(2).mT)["attention"]
+        received = super().token_maps(x.flatten(2).mT)["attention"]
         return {"attention": received.unflatten(1, x.shape[2:])}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
         _check_clip(x)
-        return self.attention(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+        return super().forward(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
 
 
 class DividedMHRA3d(nn.Module):

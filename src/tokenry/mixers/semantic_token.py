@@ -34,6 +34,7 @@ from tokenry.layers.cross_attention import CrossAttention
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.layers.swin_block import SwinBlock
 from tokenry.layers.window_partition import window_merge, window_partition
+from tokenry.layers.window_surroundings import cell_positions, pool_cells, widen, window_bounds, window_keys
 from tokenry.mixers.registry import Layout
 
 __all__ = ["RecoverBlock", "SemanticTokenMixer", "SemanticTokens"]
@@ -41,46 +42,39 @@ __all__ = ["RecoverBlock", "SemanticTokenMixer", "SemanticTokens"]
 LAYER_SCALE = 1e-5
 
 
-def window_bounds(size: int, window: int) -> list[tuple[int, int]]:
-    """First and past-the-last position of the windows along an axis: ceil(size / window) of them, as equal as may be.
-
-    Example:
-        >>> window_bounds(14, 7), window_bounds(9, 7)
-        ([(0, 7), (7, 14)], [(0, 4), (4, 9)])
-    """
-    count = -(-size // window)
-    return [(i * size // count, (i + 1) * size // count) for i in range(count)]
+def check_samples(samples: int, window: int) -> None:
+    """Refuse more semantic tokens than a window is wide."""
+    if not 1 <= samples <= window:
+        raise ValueError(
+            f"samples must be from 1 to the window's side of {window}, got {samples}; the paper's models take 3 of 7"
+        )
 
 
-def cell_positions(size: int, window: int, samples: int) -> list[list[int]]:
-    """Positions along an axis that each sample is the maximum of, all lists of one length (a last one repeated).
-
-    Example:
-        >>> cell_positions(7, 7, 3)
-        [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
-    """
-    cells = []
-    for start, stop in window_bounds(size, window):
-        for i in range(samples):
-            first, last = i * (stop - start) // samples, -(-(i + 1) * (stop - start) // samples) - 1
-            cells.append((start + first, start + last))
-    length = max(last - first for first, last in cells) + 1
-    return [[min(first + i, last) for i in range(length)] for first, last in cells]
+def check_map(x: Tensor, dim: int) -> None:
+    """Refuse what is no map of ``dim`` channels."""
+    if x.ndim != 4 or x.shape[1] != dim:
+        raise ValueError(
+            f"semantic tokens are made of maps (B, C, H, W) with C={dim}, got {tuple(x.shape)}; lay tokens (B, N, C) "
+            "out with x.transpose(1, 2).unflatten(2, (H, W))"
+        )
 
 
-def key_positions(size: int, window: int, margin: int) -> tuple[list[list[int]], list[list[bool]]]:
-    """Positions along an axis that each window and its margin hold, lists of one length, and which of them do belong.
+def six_rates(drop_path: float | Sequence[float]) -> list[float]:
+    """Rates of stochastic depth of a unit's blocks, from one or six."""
+    rates = [float(drop_path)] * 6 if isinstance(drop_path, (int, float)) else list(drop_path)
+    if len(rates) != 6:
+        raise ValueError(f"drop_path takes one rate, or one for each of the six blocks, got {len(rates)}")
+    return rates
 
-    Example:
-        >>> [found[:2] + found[-1:] for found in key_positions(14, 7, 3)[0]]
-        [[0, 1, 9], [4, 5, 13]]
-    """
-    spans = [(max(start - margin, 0), min(stop + margin, size)) for start, stop in window_bounds(size, window)]
-    length = max(stop - start for start, stop in spans)
-    firsts = [min(start, size - length) for start, _ in spans]
-    positions = [[first + i for i in range(length)] for first in firsts]
-    belongs = [[start <= place < stop for place in row] for row, (start, stop) in zip(positions, spans, strict=True)]
-    return positions, belongs
+
+def unit_swin_block(dim: int, num_heads: int | None, **settings: Any) -> SwinBlock:
+    """A unit's first block: timm's, whose linear maps start as those of the other blocks."""
+    block = SwinBlock(dim, num_heads, **settings)
+    linears: tuple[Any, ...] = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    for linear in linears:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+    return block
 
 
 class TokenLayer(nn.Module):
@@ -192,10 +186,7 @@ class SemanticTokens(TokenLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 1 <= samples <= window:
-            raise ValueError(
-                f"samples must be from 1 to the window's side of {window}, got {samples}; the paper's models take 3 of 7"
-            )
+        check_samples(samples, window)
         if margin < 0:
             raise ValueError(f"margin must be 0 or more tokens, got {margin}; the paper's models take 3")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -213,33 +204,20 @@ class SemanticTokens(TokenLayer):
 
     def pool(self, x: Tensor) -> Tensor:
         """The first centres: (B, H, W, C) -> (B * windows, samples^2, C), maxima of each window's cells."""
-        for axis in (1, 2):
-            cells = cell_positions(x.shape[axis], self.window, self.samples)
-            index = torch.tensor(cells, device=x.device)
-            x = x.index_select(axis, index.flatten()).unflatten(axis, tuple(index.shape)).amax(axis + 1)
-        c = window_partition(x, self.samples)
+        rows, columns = (cell_positions(side, self.window, self.samples) for side in x.shape[1:3])
+        c = window_partition(pool_cells(x, rows, columns), self.samples)
         if self.conv_pos is None:
             return c
         side = self.samples
         return self.conv_pos(c.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
-
-    def _surroundings(self, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Per window, numbers in row-major order (windows, K) of the tokens of w+, and which of them count; None: all."""
-        (rows, real_rows), (columns, real_columns) = (key_positions(side, self.window, self.margin) for side in size)
-        down, right = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-        index = down[:, None, :, None] * size[1] + right[None, :, None, :]  # (rows of windows, columns, kh, kw)
-        if all(map(all, real_rows)) and all(map(all, real_columns)):
-            return index.flatten(2).flatten(0, 1), None
-        real = [torch.tensor(found, device=device) for found in (real_rows, real_columns)]
-        mask = real[0][:, None, :, None] & real[1][None, :, None, :]
-        return index.flatten(2).flatten(0, 1), mask.flatten(2).flatten(0, 1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)  # (..., heads, n, d)
 
     def _logit_parts(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values (B * windows, heads, n, d), token numbers, and the mask of keys (B * windows, 1, 1, K + n)."""
-        index, real = self._surroundings((x.shape[1], x.shape[2]), x.device)
+        spans = [widen(window_bounds(side, self.window), self.margin, self.margin) for side in x.shape[1:3]]
+        index, real = window_keys(spans[0], spans[1], x.device)
         centres, tokens = self.norm1(c), self.norm1(x.flatten(1, 2))
 
         def both(linear: nn.Linear) -> Tensor:
@@ -251,17 +229,9 @@ class SemanticTokens(TokenLayer):
             mask = F.pad(real, (c.shape[1], 0), value=True).repeat(len(x), 1)[:, None, None]
         return self._heads(self.attn.q(centres)), both(self.attn.k), both(self.attn.v), index, mask
 
-    def check(self, x: Tensor) -> None:
-        """Refuse what is no map of ``dim`` channels."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"semantic tokens are made of maps (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; lay tokens (B, N, C) "
-                "out with x.transpose(1, 2).unflatten(2, (H, W))"
-            )
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, M, C)."""
-        self.check(x)
+        check_map(x, self.dim)
         x = x.permute(0, 2, 3, 1)
         c = self.pool(x)
         q, k, v, _, mask = self._logit_parts(x, c)
@@ -280,7 +250,7 @@ class SemanticTokens(TokenLayer):
         Summed over the windows that see it, averaged over heads and a window's tokens. What goes to the pooled centres is
         left out.
         """
-        self.check(x)
+        check_map(x, self.dim)
         size = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1)
         c = self.pool(x)
@@ -347,9 +317,7 @@ class SemanticTokenMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        rates = [float(drop_path)] * 6 if isinstance(drop_path, (int, float)) else list(drop_path)
-        if len(rates) != 6:
-            raise ValueError(f"drop_path takes one rate, or one for each of the six blocks, got {len(rates)}")
+        rates = six_rates(drop_path)
         drops: dict[str, Any] = {"mlp_ratio": mlp_ratio, "attn_drop": attn_drop, "proj_drop": proj_drop}
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.samples = samples
@@ -357,20 +325,16 @@ class SemanticTokenMixer(nn.Module):
         def block(rate: float) -> RecoverBlock:
             return RecoverBlock(dim, num_heads, layer_scale=layer_scale, drop_path=rate, **drops, **dd)
 
-        self.swin = SwinBlock(dim, num_heads, window=window, drop_path=rates[0], **drops, **dd)
+        self.swin = unit_swin_block(dim, num_heads, window=window, drop_path=rates[0], **drops, **dd)
         self.generate = SemanticTokens(
             dim, num_heads, window=window, samples=samples, margin=margin, conv_pos=conv_pos, shortcut=shortcut,
             layer_scale=layer_scale, drop_path=rates[1], **drops, **dd,
         )  # fmt: skip
         self.gather, self.within, self.among, self.recover = (block(rate) for rate in rates[2:])
-        linears: tuple[Any, ...] = (self.swin.attn.qkv, self.swin.attn.proj, self.swin.mlp.fc1, self.swin.mlp.fc2)
-        for linear in linears:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
 
     def semantic_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map (B, H, W, C) after the Swin block, and the finished semantic tokens (B, M, C)."""
-        self.generate.check(x)
+        check_map(x, self.generate.dim)
         grid = self.generate.grid((x.shape[2], x.shape[3]))
         x = self.swin(x.permute(0, 2, 3, 1))
         s = self.generate(x.permute(0, 3, 1, 2))

@@ -29,6 +29,18 @@ def best(result: Result, key: str) -> object:
     return max(values) if column.better == "higher" else min(values)
 
 
+def heading(column: Column) -> str:
+    """Title, unit, and an arrow where one direction is better."""
+    arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
+    return f"{column.title}{f' ({column.unit})' if column.unit else ''}{arrow}"
+
+
+def _narrowest(result: Result, column: Column) -> int:
+    """Characters that a column needs: its widest value, or the widest word of its heading, which may wrap."""
+    cells = (cell(row, column.key, column.digits) for row in result.outcome.rows)
+    return max(map(len, [*heading(column).split(), *cells]))
+
+
 def _that_fit(result: Result, width: int) -> list[Column]:
     """The first columns whose values fit beside each other; headings may wrap."""
     rows = result.outcome.rows
@@ -36,8 +48,7 @@ def _that_fit(result: Result, width: int) -> list[Column]:
     left = width - max(names, default=0) - 4
     fitting = []
     for column in result.columns:
-        heading = max(len(word) for word in f"{column.title} {column.unit}".split())
-        left -= 3 + max([heading, *(len(cell(row, column.key, column.digits)) for row in rows)])
+        left -= 3 + _narrowest(result, column)
         if left < 0 and fitting:
             break
         fitting.append(column)
@@ -50,8 +61,7 @@ def print_result(result: Result, console: Console) -> None:
     table.add_column("method", no_wrap=True)
     shown = _that_fit(result, console.width)
     for column in shown:
-        arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
-        table.add_column(f"{column.title}{f' ({column.unit})' if column.unit else ''}{arrow}", justify="right")
+        table.add_column(heading(column), justify="right", min_width=_narrowest(result, column))
     winners = {column.key: best(result, column.key) for column in result.columns}
     for row in result.outcome.rows:
         name = f"{row['method']} [dim](baseline)[/]" if row["method"] == result.baseline else row["method"]

@@ -1,9 +1,6 @@
 """Fit any forecasting model of the family to a table, and forecast, explain, test, save and load it.
 
-The training recipe is the one behind the published tables (Liu et al., ICLR 2024, arXiv:2310.06625): Adam on the
-mean squared error of scaled values, batches of 32, the learning rate halved every epoch from the third on, at most
-10 epochs, stopped after 3 epochs without a better validation error, the best epoch kept. It is written to disk
-after every epoch when a folder is given, so that a killed run goes on where it was, with the same result.
+How it is trained says ``training.py``; how a table becomes windows, ``windows.py``.
 """
 
 from __future__ import annotations
@@ -11,24 +8,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokenry.series.models import MODELS
+from tokenry.series.training import Recipe, Training, WindowModel, seeded
 from tokenry.series.windows import (
     FEATURE_SETS,
     Scaler,
@@ -132,7 +124,7 @@ class Forecaster:
         self._tail = pd.DataFrame()
         self._season = 1
         if self.kind:  # a wrong setting shows now, before any data is read
-            with _seeded(seed, device), torch.device("meta"):
+            with seeded(seed, device), torch.device("meta"):
                 self.build_model(variates=1)
 
     # ------------------------------------------------------------------ fitting
@@ -167,86 +159,20 @@ class Forecaster:
         tail.insert(0, self.date_column, dates[-self.context_length :])
         self._tail = tail.reset_index(drop=True)
         self.history, self.stopped = [], False
-        with _seeded(self.seed, self.device):
+        with seeded(self.seed, self.device):
             self.model = self.build_model(variates=table.shape[1]).to(self.device)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not parameters:
+        if not any(p.requires_grad for p in self.model.parameters()):
             self.stopped = True
             return self
-
-        train, valid = (self._windows(values, dates, rows[name], self.scaler) for name in ("train", "val"))
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        model = WindowModel(self.model, self.device, self.dtype, self.compile)
+        recipe = Recipe(self.epochs, self.patience, self.learning_rate, self.batch_size, self.stride, self.seed)
         path = None if folder is None else Path(folder) / f"training-{self._fingerprint(table)}.pt"
-        best = self._resume(path, optimizer)
-        call = torch.compile(self.model) if self.compile else self.model
-        last = self.epochs if until is None else min(until, self.epochs)
-        per_epoch = max(-(-len(train) // self.stride) // self.batch_size, 1)
-        with _progress(quiet) as bar:
-            task = bar.add_task("training", total=per_epoch * self.epochs, completed=per_epoch * len(self.history))
-            while len(self.history) < last and not self.stopped:
-                epoch = len(self.history) + 1
-                began = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate * 0.5 ** max(epoch - 2, 0)
-                loss = self._epoch(call, train, optimizer, epoch, lambda: bar.advance(task))
-                seconds = time.perf_counter() - began
-                error = self._errors(call, valid, stride=self.stride)["mse"] if len(valid) else loss
-                if not math.isfinite(loss + error):
-                    raise ValueError(
-                        f"the error is no longer finite in epoch {epoch}; lower learning_rate ({self.learning_rate:g})"
-                    )
-                if error < best[0]:
-                    best = (error, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}, epoch)
-                self.history.append({"epoch": epoch, "train": loss, "val": error, "seconds": seconds})
-                self.stopped = epoch - best[2] >= self.patience or epoch == self.epochs
-                bar.update(task, description=f"epoch {epoch}: validation MSE {error:.4f}")
-                self._write(path, optimizer, best)
-        self.model.load_state_dict(best[1])
-        self.model.eval()
+        training = Training(model, recipe, path)
+        self.history = training.history
+        train, valid = (self._windows(values, dates, rows[name], self.scaler) for name in ("train", "val"))
+        training.run(train, valid, self.epochs if until is None else min(until, self.epochs), quiet=quiet)
+        self.stopped = training.stopped
         return self
-
-    def _epoch(
-        self,
-        call: Callable[..., Any],
-        train: Windows,
-        optimizer: torch.optim.Optimizer,
-        epoch: int,
-        tick: Callable[[], None],
-    ) -> float:
-        """One pass over the training windows in a new order; the mean loss. The last partial batch is left out."""
-        self._fitted().train()
-        total = torch.zeros((), device=self.device)
-        steps = 0
-        with _seeded(self.seed * 1009 + epoch, self.device):
-            order = torch.randperm(len(train))
-            if self.stride > 1:
-                order = order[order % self.stride == 0]
-            size = min(self.batch_size, len(order))
-            for start in range(0, len(order) - size + 1, size):
-                batch = train.batch(order[start : start + size])
-                target = batch.pop("future_values")
-                loss = nn.functional.mse_loss(self._forward(call, batch), target)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total += loss.detach()
-                steps += 1
-                tick()
-        return float(total / steps)
-
-    def _forward(self, call: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
-        if "past_time_features" in batch and not self._takes_marks():
-            batch = {"past_values": batch["past_values"]}
-        with self._autocast():
-            return call(**batch).prediction_outputs.float()
-
-    def _autocast(self) -> AbstractContextManager:
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
-
-    def _takes_marks(self) -> bool:
-        return "past_time_features" in inspect.signature(self._fitted().forward).parameters
 
     # ------------------------------------------------------------------ using
 
@@ -268,7 +194,7 @@ class Forecaster:
         horizon = self.prediction_length if horizon is None else horizon
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 row, got {horizon}")
-        self._fitted()
+        model = self._window_model()
         dates, table = check_frame(self._tail if frame is None else frame, self.date_column)
         self._known(table, len(table))
         scaler = self._scaler_of(table, table.to_numpy())
@@ -279,7 +205,7 @@ class Forecaster:
         while len(forecast) < horizon:
             batch = self._batch(values[-self.context_length :], times[-self.context_length :])
             with torch.no_grad():
-                piece = self._forward(self._fitted().eval(), batch)[0].cpu().numpy()
+                piece = model.forecast(batch)[0].cpu().numpy()
             known = len(forecast) + len(piece)
             forecast = np.concatenate([forecast, piece])
             values = np.concatenate([values, piece])
@@ -314,7 +240,7 @@ class Forecaster:
         pieces = [slice(len(table) - self.context_length - i, len(table) - i) for i in range(windows)]
         batches = [self._batch(values[piece], dates[piece]) for piece in pieces]
         batch = {name: torch.cat([one[name] for one in batches]) for name in batches[0]}
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._window_model().autocast():
             maps = torch.stack(model(**batch, output_attentions=True).attentions)  # (layers, B, H, T, T)
         if layer is not None:
             if not 0 <= layer < len(maps):
@@ -359,29 +285,7 @@ class Forecaster:
         if columns is not None and not set(columns) <= set(names):
             raise ValueError(f"no series {', '.join(set(columns) - set(names))}; there are {', '.join(names)}")
         chosen = None if columns is None else [names.index(name) for name in columns]
-        return self._errors(self._fitted(), windows, chosen, stride)
-
-    def _errors(
-        self, call: Callable[..., Any], windows: Windows, columns: list[int] | None = None, stride: int = 1
-    ) -> dict[str, Any]:
-        self._fitted().eval()
-        squares = torch.zeros(self.prediction_length, dtype=torch.float64, device=self.device)
-        absolute = torch.zeros((), dtype=torch.float64, device=self.device)
-        order = torch.arange(0, len(windows), stride)
-        count = 0
-        with torch.no_grad():
-            for chosen in order.split(256):
-                batch = windows.batch(chosen)
-                error = batch.pop("future_values")
-                error = self._forward(call, batch) - error  # (B, S, N)
-                error = error if columns is None else error[..., columns]
-                squares += error.double().square().mean(2).sum(0)
-                absolute += error.double().abs().mean((1, 2)).sum()
-                count += len(chosen)
-        by_step = (squares / count).tolist()
-        return {
-            "mse": sum(by_step) / len(by_step), "mae": float(absolute / count), "windows": count, "mse_by_step": by_step
-        }  # fmt: skip
+        return self._window_model().errors(windows, chosen, stride)
 
     @property
     def num_parameters(self) -> int:
@@ -458,30 +362,6 @@ class Forecaster:
         text = json.dumps([self._options(), self.settings, list(map(str, table)), own], default=str)
         return hashlib.sha256(text.encode() + table.to_numpy().tobytes()).hexdigest()[:12]
 
-    def _resume(self, path: Path | None, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor], int]:
-        """The best epoch so far: error, weights, number; model and optimizer are brought to the last one."""
-        start = {k: v.detach().cpu().clone() for k, v in self._fitted().state_dict().items()}
-        if path is None or not path.exists():
-            return (math.inf, start, 0)
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self._fitted().load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        self.history, self.stopped = state["history"], state["stopped"]
-        return (state["best_error"], state["best"], state["best_epoch"])
-
-    def _write(
-        self, path: Path | None, optimizer: torch.optim.Optimizer, best: tuple[float, dict[str, Tensor], int]
-    ) -> None:
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self._fitted().state_dict(), "optimizer": optimizer.state_dict(), "history": self.history,
-            "stopped": self.stopped, "best_error": best[0], "best": best[1], "best_epoch": best[2],
-        }  # fmt: skip
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)  # a kill while writing leaves the last epoch readable
-
     # ------------------------------------------------------------------ pieces
 
     def build_model(self, variates: int) -> nn.Module:
@@ -508,6 +388,10 @@ class Forecaster:
         if self.model is None:
             raise ValueError("this forecaster is not fitted yet: call fit(frame) first, or Forecaster.load(folder)")
         return self.model
+
+    def _window_model(self) -> WindowModel:
+        """The fitted model, ready to forecast."""
+        return WindowModel(self._fitted().eval(), self.device, self.dtype)
 
     def _feature_names(self) -> tuple[str, ...]:
         return () if self.features is None else FEATURE_SETS[self.features]
@@ -557,22 +441,3 @@ class Forecaster:
                     f"and one window takes {need} (context_length + prediction_length); give more rows, shorter "
                     "lengths or another split"
                 )
-
-
-@contextmanager
-def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Draw from a fixed seed inside, and leave the caller's generators as they were."""
-    with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
-    )

@@ -6,7 +6,7 @@ arXiv:2403.19888.
     x: (M, T)   each series scaled by its own mean and deviation, cut into P patches, each a linear map of its values: (M, P, d)
     T_l(v) = SelectiveTokenMixer( LN(v) )           causal, over the patches of every series
     C_l(v) = SelectiveChannelMixer( LN(v) )         over the series, both ways, at every patch; width d
-    h = DenseAverage(T_1, C_1, ..., T_n, C_n)(x)    learned sums of all earlier outputs in place of residuals
+    h = DenseAverage(T_1, C_1, ..., T_n, C_n)(x)    learned sums of all earlier outputs in place of residuals; h is one more
     y = W h + b                                     (M, P d) -> (M, S), scaled back
 
 What is known besides the past is put behind it before the patches are cut, [x | Z | S] (M, 3 T): features of future steps
@@ -14,7 +14,8 @@ Z (M, T_Z, C_Z), mixed by a selective channel mixer over the features, and stati
 
 The paper leaves open, and this is what was taken: patches of 16 every 8 steps (PatchTST's), the last value repeated where they
 do not come out even; d; the channel mixer at every patch, so that no weight belongs to a series; layer norm over time and
-feature axes together; and the scaling of windows, which is not in its text but which figures like its own need.
+feature axes together; the scaling of windows, which is not in its text but which figures like its own need; and h, which is a
+sum of all outputs and not the last channel mixer's alone, behind which little of a single series is left.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class TSM2Config(PreTrainedConfig):
         expand: Inner width of the mixers over d. Default 2 (paper).
         channel_mixer: ``"selective"`` (paper); ``"mlp"``, an MLP over the series, or ``"none"``, for comparison.
         average: Learned sums of all earlier outputs (paper). False: residual connections.
+        last_sum: The last map reads a learned sum of all outputs. False: the last channel mixer's output alone, where the
+            paper's equations end. Only with ``average``. Default True.
         dropout: On patches, on the outputs of the mixers, and before the last map. Default 0.1.
         instance_norm: Scale every window of every series by its own mean and deviation. Default True.
         num_static_features: Numbers known of every series, C_S. Default 0: none.
@@ -84,6 +87,7 @@ class TSM2Config(PreTrainedConfig):
     expand: float = 2.0
     channel_mixer: str = "selective"
     average: bool = True
+    last_sum: bool = True
     dropout: float = 0.1
     instance_norm: bool = True
     num_static_features: int = 0
@@ -183,7 +187,8 @@ class TSM2ForPrediction(PreTrainedModel):
             nn.Identity() if config.channel_mixer == "none" else PatchMixer(config, config.channel_mixer)
             for _ in range(layers)
         )
-        self.average = DenseAverage(layers, [config.channel_mixer != "none"] * layers) if config.average else None
+        mixed = [config.channel_mixer != "none"] * layers
+        self.average = DenseAverage(layers, mixed, config.last_sum) if config.average else None
         self.head = nn.Linear(config.num_patches * config.d_model, config.prediction_length)
         self.dropout = nn.Dropout(config.dropout)
         if config.num_future_features:

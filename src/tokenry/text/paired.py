@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tokenry.assets import read_text_file
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LABELS = {"human": 0, "machine": 1, "0": 0, "1": 1}
 
 def _rows(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text_file(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -44,7 +45,7 @@ def read_texts(path: Path | str) -> list[str]:
     """
     path = Path(path)
     if path.is_dir():
-        found = [file.read_text("utf-8") for file in sorted(path.glob("*.txt"))]
+        found = [read_text_file(file) for file in sorted(path.glob("*.txt"))]
         if not found:
             raise ValueError(f"{path} holds no .txt file")
         return found

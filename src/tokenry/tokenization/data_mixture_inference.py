@@ -64,8 +64,13 @@ def _texts(name: str, given: Iterable[str] | str | Path) -> Iterator[str]:
         if not given.is_file():
             raise ValueError(f"category {name!r}: there is no file {given}")
         with given.open(encoding="utf-8", errors="strict", newline="") as file:
-            while block := file.read(1 << 20):
-                yield block + file.readline()
+            try:
+                while block := file.read(1 << 20):
+                    yield block + file.readline()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"category {name!r}: {given} is not UTF-8 text ({error.reason}); convert it first"
+                ) from error
     elif isinstance(given, str):
         yield given
     else:

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenry.kernels.linear_cross_entropy import CHUNKED, Backend, LinearNLL, Plan, VocabParallel, dense_nll
+from tokenry.kernels.linear_cross_entropy import Backend, LinearNLL, Plan, VocabParallel, dense_nll
 from tokenry.kernels.linear_cross_entropy_one_pass import OnePassLoss, tokens_at_once
+from tokenry.kernels.linear_cross_entropy_tiles import CHUNKED
 
 __all__ = ["PRESETS", "LinearCrossEntropy", "VocabParallel", "linear_cross_entropy", "z_loss"]
 

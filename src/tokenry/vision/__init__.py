@@ -27,6 +27,7 @@ from tokenry.vision.transnext import TransNeXt
 from tokenry.vision.uniformer import UniFormer
 from tokenry.vision.uniformer_light import UniFormerLight
 from tokenry.vision.uniformer_video import UniFormerVideo, uniformer_video_b, uniformer_video_s
+from tokenry.vision.uniformer_video_light import UniFormerVideoLight, uniformer_video_xs, uniformer_video_xxs
 from tokenry.vision.video_sampling import dense_sample, multi_view, segment_sample
 from tokenry.vision.vim2 import ViM2
 
@@ -57,6 +58,7 @@ __all__ = [
     "UniFormer",
     "UniFormerLight",
     "UniFormerVideo",
+    "UniFormerVideoLight",
     "ViM2",
     "checkpoint_filter_fn",
     "convert_gcvit",
@@ -72,5 +74,7 @@ __all__ = [
     "token_maps",
     "uniformer_video_b",
     "uniformer_video_s",
+    "uniformer_video_xs",
+    "uniformer_video_xxs",
     "upscale_image",
 ]

@@ -17,6 +17,7 @@ map: ``model.eval()`` and ``model.train()`` give different pictures of the same 
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -249,7 +250,7 @@ def _our_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     renamed = {}
     for name, value in state_dict.items():
-        name = name.removeprefix("module.")
+        name = name.removeprefix("module.").removeprefix("dlgsanet.")
         for pattern, ours in RENAMED:
             name = re.sub(pattern, ours, name)
         renamed[name] = value
@@ -279,8 +280,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: DLGSANet) -> dict
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        path /= "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}; give a .pth or .safetensors file")
+        raise ValueError(
+            f"there is no checkpoint at {path}; give a .pth or .safetensors file, or a folder of save_pretrained"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -289,17 +294,21 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"cannot read {path} as a checkpoint: {error}") from error
 
 
-def load_dlgsanet(source: str | Path | Mapping[str, Any], *, tlc: bool = True) -> DLGSANet:
+def load_dlgsanet(source: str | Path | Mapping[str, Any], *, tlc: bool | None = None) -> DLGSANet:
     """Make the network that a checkpoint was saved from, with its weights, in evaluation mode.
 
     Args:
-        source: A ``.pth`` or ``.safetensors`` file of the authors' code or of ``model.state_dict()``, or a state dict.
-        tlc: As in ``DLGSANet``.
+        source: A ``.pth`` or ``.safetensors`` file of the authors' code or of ``model.state_dict()``; a folder in which
+            ``DLGSANetForImageSuperResolution.save_pretrained`` has written; or a state dict.
+        tlc: As in ``DLGSANet``. None (default): as the folder's configuration says, else True.
 
     Raises:
         ValueError: No such file; a file that cannot be read; another network's weights.
     """
     renamed = _our_names(source if isinstance(source, Mapping) else _read(Path(source)))
+    if tlc is None:
+        config = None if isinstance(source, Mapping) else Path(source) / "config.json"
+        tlc = config is None or not config.is_file() or json.loads(config.read_text("utf-8")).get("tlc", True)
     model = DLGSANet(**_settings(renamed), tlc=tlc)
     check_shapes(renamed, model)
     model.load_state_dict(renamed)

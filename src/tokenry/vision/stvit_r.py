@@ -6,16 +6,18 @@ Chang et al., "Making Vision Transformers Efficient from a Token Sparsification 
     net      two conv 3x3 s2, each with BN and Hardswish | four stages, patch merging between | LN | mean | linear
     1, 2, 4  Swin blocks: windows of 7 tokens, every other one moved by 3, a bias per offset
     3        units of six blocks, ``tokenry.mixers.SemanticTokenMixer``: 196 tokens become 36, are worked on, and come back
+    dense    the form for detection: no head, a layer norm on every stage's map, and in stage 3 the units of
+             ``tokenry.mixers.DenseSemanticTokenMixer``, whose windows look at their surroundings and not at everything
 
 Images of any size: maps that windows do not divide get padding that no token sees, and the third stage makes semantic tokens
-of maps of any size (at 224 pixels 14 x 14, where this is the authors' code). The authors' detection network, with larger
-surroundings of the windows, is not built here.
+of maps of any size (at 224 pixels 14 x 14, where this is the authors' code).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm
 from tokenry.layers.swin_block import SwinBlock
+from tokenry.mixers.dense_semantic_token import DenseSemanticTokenMixer
 from tokenry.mixers.semantic_token import SemanticTokenMixer
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
@@ -37,6 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stvit_r_swin_small": {"depths": (2, 2, 18, 2), "embed_dim": 96, "num_heads": (3, 6, 12, 24)},
     "stvit_r_swin_base": {"depths": (2, 2, 18, 2), "embed_dim": 128, "num_heads": (4, 8, 16, 32)},
 }
+# Sides of what windows see in the authors' detection network, which they train with stochastic depth 0.2 (small).
+DENSE: dict[str, Any] = {"surroundings": (14, 21, 27), "feature_norms": True, "num_classes": 0}
+VARIANTS |= {f"{name}_dense": {**arguments, **DENSE} for name, arguments in VARIANTS.items()}
 SEMANTIC = 2  # the stage on semantic tokens
 UNIT = 6  # blocks of one of its units
 
@@ -67,6 +73,10 @@ class STViTR(Backbone):
         window: Side of a window. Default 7.
         samples: Semantic tokens per window along each axis. Default 3.
         margin: How many tokens around its window a semantic token sees. Default 3.
+        surroundings: Makes the third stage that of the dense form: sides of what a window sees, see
+            ``DenseSemanticTokenMixer``. It has no ``margin`` or ``conv_pos`` and always a shortcut. None (default): the
+            classifier's stage.
+        feature_norms: A layer norm per stage for ``features_only``, and no closing norm: the dense form has them.
         conv_pos: Add a depthwise 3x3 to the pooled samples. Default False (released models).
         shortcut: Keep the pooled samples as a skip. Default False (released models).
         mlp_ratio: Hidden width of the MLPs over the channels. Default 4.
@@ -100,6 +110,8 @@ class STViTR(Backbone):
         window: int = 7,
         samples: int = 3,
         margin: int = 3,
+        surroundings: Sequence[int] | None = None,
+        feature_norms: bool = False,
         conv_pos: bool = False,
         shortcut: bool = False,
         mlp_ratio: float = 4.0,
@@ -127,6 +139,15 @@ class STViTR(Backbone):
             )
         if embed_dim < 2 or embed_dim % 2:
             raise ValueError(f"embed_dim must be even (the stem halves it), got {embed_dim}")
+        if surroundings is not None and (margin != 3 or conv_pos or shortcut):
+            raise ValueError(
+                "margin, conv_pos and shortcut are settings of the classifier's third stage: leave them out with surroundings"
+            )
+        if feature_norms and num_classes:
+            raise ValueError(
+                "feature_norms=True is for feature maps, which have no classifier: give num_classes=0 with it, or "
+                "feature_norms=False to classify"
+            )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = nn.Sequential(
             ConvNorm(in_chans, embed_dim // 2, 3, stride=2, bias=False, **dd),
@@ -141,10 +162,13 @@ class STViTR(Backbone):
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
             downsample = PatchMerging(dim // 2, dim, **dd) if i else nn.Identity()
             if i == SEMANTIC:
+                unit: Any = partial(SemanticTokenMixer, margin=margin, conv_pos=conv_pos, shortcut=shortcut)
+                if surroundings is not None:
+                    unit = partial(DenseSemanticTokenMixer, surroundings=surroundings)
                 units = [
-                    SemanticTokenMixer(
-                        dim, heads, window=window, samples=samples, margin=margin, conv_pos=conv_pos, shortcut=shortcut,
-                        layer_scale=layer_scale, drop_path=rates[i][first : first + UNIT], **drops, **dd,
+                    unit(
+                        dim, heads, window=window, samples=samples, layer_scale=layer_scale,
+                        drop_path=rates[i][first : first + UNIT], **drops, **dd,
                     )
                     for first in range(0, depths[i], UNIT)
                 ]  # fmt: skip
@@ -157,7 +181,8 @@ class STViTR(Backbone):
                 stages.append(SwinStage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
         self.describe_stages(dims, [4 * 2**i for i in range(4)])
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.norm = nn.Identity() if feature_norms else LayerNorm2d(dims[-1], eps=1e-5, **dd)
+        self.feature_norms = nn.ModuleList(LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims) if feature_norms else None
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -170,6 +195,19 @@ class STViTR(Backbone):
         """The biases per offset, as in Swin."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
+    def feature_norm(self, x: Tensor, stage: int) -> Tensor:
+        """The norms of ``feature_norms=True``, or the closing norm on the last map."""
+        return super().feature_norm(x, stage) if self.feature_norms is None else self.feature_norms[stage](x)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages, norms and head that the wanted maps do not need, as in timm."""
+        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.feature_norms is not None:
+            self.feature_norms = None if prune_norm else self.feature_norms[: len(self.stages)]
+        return wanted
+
 
 # Parts of the authors' names, and ours. Their stages end with the patch merging, ours begin with it.
 PARTS = ("swin", "generate", "gather", "within", "among", "recover")
@@ -177,6 +215,7 @@ RENAMES: dict[str, Any] = {
     r"^patch_embed\.proj\.(\d)\.c\.": r"stem.\1.conv.",
     r"^patch_embed\.proj\.(\d)\.bn\.": r"stem.\1.norm.",
     r"^head\.(?=weight|bias)": "head.fc.",
+    r"^norm(\d)\.": r"feature_norms.\1.",
     r"^layers\.(\d)\.downsample\.": lambda m: f"stages.{int(m[1]) + 1}.downsample.",
     r"^layers\.2\.blocks\.(\d+)\.": lambda m: f"stages.2.blocks.{int(m[1]) // UNIT}.{PARTS[int(m[1]) % UNIT]}.",
     r"^layers\.": "stages.",
@@ -189,6 +228,9 @@ CONSTANTS = (".relative_position_index", ".attn_mask")
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Turn a checkpoint of the authors (or a plain state dict of ours) into a state dict of ``model``.
 
+    Of a detector's checkpoint the backbone is taken. A model with ``feature_norms`` takes a classifier's checkpoint too, and
+    keeps its own, new stage norms.
+
     Raises:
         ValueError: It is another variant's, or holds learned global tokens, which the released models do not have.
     """
@@ -197,8 +239,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         if isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
             break
+    given = clean_state_dict(dict(found))
+    if any(name.startswith("backbone.") for name in given):
+        given = {name.removeprefix("backbone."): v for name, v in given.items() if name.startswith("backbone.")}
     out: dict[str, Tensor] = {}
-    for name, value in clean_state_dict(dict(found)).items():
+    for name, value in given.items():
         if name.endswith(CONSTANTS):
             continue
         for theirs, ours in RENAMES.items():
@@ -207,8 +252,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             out[name.replace(".kv.", ".k.")], out[name.replace(".kv.", ".v.")] = value.chunk(2)
         else:
             out[name] = value
-    if not any(name.startswith("head.") for name in model.state_dict()):
+    own = model.state_dict()
+    if not any(name.startswith("head.") for name in own):
         out = {name: value for name, value in out.items() if not name.startswith("head.")}
+    new = {name: value for name, value in own.items() if name.startswith("feature_norms.")}
+    if new:
+        out = new | {name: value for name, value in out.items() if not name.startswith("norm.")}
     check_shapes(out, model, VARIANTS)
     return out
 
@@ -220,14 +269,17 @@ default_cfgs = generate_default_cfgs(
             license="mit",
             paper_ids="arXiv:2303.08685",
             origin_url="https://github.com/changsn/STViT-R",
+            num_classes=arguments.get("num_classes", 1000),
         )
-        for name in VARIANTS
+        for name, arguments in VARIANTS.items()
     }
 )
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> STViTR:
-    return build_backbone(STViTR, name, pretrained, checkpoint_filter_fn, **{**VARIANTS[name], **kwargs})
+    arguments = {**VARIANTS[name], **kwargs}
+    normed = arguments.get("feature_norms", False)
+    return build_backbone(STViTR, name, pretrained, checkpoint_filter_fn, normed_features=normed, **arguments)
 
 
 register_table(__name__, VARIANTS, _create)

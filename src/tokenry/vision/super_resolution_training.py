@@ -7,7 +7,6 @@ after 1/2, 4/5, 9/10 and 19/20 of the steps (the authors of DLGSANet do so). A r
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenry.measure.whole_file import whole_file
 from tokenry.vision.super_resolution import bicubic_downscale
 
 __all__ = ["SuperResolutionTraining", "train_super_resolution"]
@@ -160,7 +160,7 @@ def _save(
     seconds: float,
     settings: dict[str, Any],
 ) -> None:
-    """Replace the checkpoint at once, so that a kill leaves the old or the new one, and add a line to the log."""
+    """Replace the checkpoint and add a line to the log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {
         "params": model.state_dict(),
@@ -170,8 +170,7 @@ def _save(
         "seconds": seconds,
         "settings": settings,
     }
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(saved, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        torch.save(saved, unfinished)
     with path.with_name("log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "loss": losses[-1], "seconds": round(seconds, 2)}) + "\n")

@@ -27,30 +27,25 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.mixup import rand_bbox
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm2d,
-    LayerScale,
-    LayerScale2d,
-    Mlp,
-    calculate_drop_path_rates,
-    trunc_normal_,
-)
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm
-from tokenry.layers.conv_pos_enc import ConvPosEnc
-from tokenry.layers.in_place_gelu import InPlaceGELU
-from tokenry.layers.pointwise import PointwiseMLP
-from tokenry.mixers.mhra import GlobalMHRA, LocalMHRA, WindowMHRA
-from tokenry.mixers.registry import Layout, layout_of
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, build_backbone, check_shapes, classification_config
 from tokenry.vision.registration import register_table
 from tokenry.vision.token_labeling import TokenLabelingHead, TokenLabels, swap_box
+from tokenry.vision.uniformer_blocks import (
+    GlobalBlock,
+    LocalBlock,
+    PatchEmbed,
+    check_stages,
+    init_weights,
+    make_conv_stem,
+    make_stages,
+)
 
-__all__ = ["GlobalBlock", "LocalBlock", "UniFormer", "checkpoint_filter_fn"]
+__all__ = ["UniFormer", "checkpoint_filter_fn"]
 
 SMALL: dict[str, Any] = {"depths": (3, 4, 8, 3), "dims": (64, 128, 320, 512)}
 SMALL_PLUS: dict[str, Any] = {"depths": (3, 5, 9, 3), "dims": (64, 128, 320, 512), "conv_stem": True}
@@ -72,118 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniformer_small_h14": {**SMALL, "hybrid_window": 14, "feature_norms": True, "num_classes": 0},
     "uniformer_base_h14": {**BASE, "hybrid_window": 14, "feature_norms": True, "num_classes": 0},
 }
-
-
-class LocalBlock(nn.Module):
-    """Position encoding, local aggregator and MLP on (B, C, H, W), with batch norms.
-
-    Args:
-        dim: Channels C.
-        mlp_ratio: Hidden width of the MLP over C.
-        proj_drop: Dropout rate of the aggregator's output and in the MLP.
-        drop_path: Rate of stochastic depth.
-        layer_scale: First value of a learned scale per channel of both branches. None: no scale.
-        device: Torch device.
-        dtype: Torch dtype.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos_embed = ConvPosEnc(dim, **dd)
-        self.norm1 = nn.BatchNorm2d(dim, **dd)
-        self.mixer = LocalMHRA(dim, proj_drop=proj_drop, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp = PointwiseMLP(dim, int(mlp_ratio * dim), drop=proj_drop, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        scale = partial(LayerScale2d, dim, layer_scale, **dd) if layer_scale is not None else nn.Identity
-        self.ls1, self.ls2 = scale(), scale()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.pos_embed(x)
-        x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-class GlobalBlock(nn.Module):
-    """Position encoding, attention and MLP on (B, C, H, W), with layer norms.
-
-    Args:
-        dim: Channels C.
-        head_dim: Channels of an attention head; must divide ``dim``.
-        window: Side of the windows that attention stays in. None (default): attention over the whole map.
-        mlp_ratio: Hidden width of the MLP over C.
-        attn_drop: Dropout rate of the attention weights.
-        proj_drop: Dropout rate of attention's output and in the MLP.
-        drop_path: Rate of stochastic depth.
-        layer_scale: First value of a learned scale per channel of both branches. None: no scale.
-        device: Torch device.
-        dtype: Torch dtype.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        head_dim: int | None = None,
-        window: int | None = None,
-        mlp_ratio: float = 4.0,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        attention = GlobalMHRA if window is None else partial(WindowMHRA, window=window)
-        self.pos_embed = ConvPosEnc(dim, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mixer = attention(dim, head_dim=head_dim, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), act_layer=InPlaceGELU, drop=proj_drop, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        scale = partial(LayerScale, dim, layer_scale, **dd) if layer_scale is not None else nn.Identity
-        self.ls1, self.ls2 = scale(), scale()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.pos_embed(x).permute(0, 2, 3, 1)  # (B, H, W, C); no copy where memory is channels-last
-        size = x.shape[1:3]
-        if layout_of(self.mixer) == Layout.NLC:
-            x = x.flatten(1, 2)
-        x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x))))
-        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-        return (x.unflatten(1, size) if x.ndim == 3 else x).permute(0, 3, 1, 2)
-
-
-class PatchEmbed(nn.Module):
-    """Each patch of pixels becomes one token: a convolution whose stride is its kernel, and a layer norm."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, **dd: Any) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / patch_size, W / patch_size)
-        return self.norm(self.proj(x))
-
-
-def make_conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
-    """Two 3x3 convolutions with stride 2: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
-    return nn.Sequential(ConvNorm(in_chans, dim // 2, 3, 2, **dd), nn.GELU(), ConvNorm(dim // 2, dim, 3, 2, **dd))
 
 
 class UniFormer(Backbone):
@@ -256,9 +139,7 @@ class UniFormer(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_classes, in_chans)
-        if len(blocks) != 4 or set(blocks) - set("LG"):
-            raise ValueError(f"blocks is one letter per stage, L (local) or G (global), as in 'LLGG'; got {blocks!r}")
-        check_stages(depths, dims)
+        check_stages(depths, dims, blocks)
         if hybrid_window is not None and window is not None:
             raise ValueError(
                 f"hybrid_window={hybrid_window} leaves every fourth block of stage 3 global and window={window} none: give one"
@@ -289,14 +170,7 @@ class UniFormer(Backbone):
             )
 
         embed = partial(ConvNorm, kernel_size=3, stride=2) if conv_stem else partial(PatchEmbed, patch_size=2)
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    nn.Identity() if i == 0 else embed(dims[i - 1], dim, **dd), [block(i, j) for j in range(depths[i])]
-                )
-                for i, dim in enumerate(dims)
-            )
-        )
+        self.stages = make_stages(depths, dims, partial(embed, **dd), block)
         self.describe_stages(dims, (4, 8, 16, 32))
         self.feature_norms = nn.ModuleList(LayerNorm2d(dim, eps=1e-6, **dd) for dim in dims) if feature_norms else None
         self.norm = nn.Identity() if feature_norms else nn.BatchNorm2d(dims[-1], **dd)
@@ -336,20 +210,6 @@ class UniFormer(Backbone):
         logits, dense = ClassifierHead.forward(head, x), head.dense(x)  # (B, K), (B, N, K)
         dense = swap_box(dense.transpose(1, 2).unflatten(2, x.shape[2:]), box).flatten(2).transpose(1, 2)
         return TokenLabels(logits, dense, box)
-
-
-def check_stages(depths: Sequence[int], dims: Sequence[int]) -> None:
-    """Refuse depths and widths that make no four stages."""
-    if len(depths) != 4 or len(dims) != 4 or min(*depths, *dims) < 1:
-        raise ValueError(f"depths and dims need four positive entries each, got {list(depths)} and {list(dims)}")
-
-
-def init_weights(module: nn.Module) -> None:
-    """Linear maps from a normal distribution of deviation 0.02 without offsets; convolutions stay as torch made them."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # The authors' name of a part, its stage counted from 0, and ours; in this order.

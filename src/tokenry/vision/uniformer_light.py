@@ -20,7 +20,8 @@ the class token, because c is what learns where to look.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers import ClassifierHead, LayerScale, calculate_drop_path_rates
@@ -30,15 +31,17 @@ from torch.nn import functional as F
 
 from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes
 from tokenry.vision.registration import register_table
-from tokenry.vision.uniformer import (
+from tokenry.vision.uniformer import config, rename
+from tokenry.vision.uniformer_blocks import (
     GlobalBlock,
     LocalBlock,
     PatchEmbed,
     check_stages,
-    config,
     init_weights,
     make_conv_stem,
-    rename,
+    make_stages,
+    to_map,
+    to_tokens,
 )
 
 __all__ = ["Guided", "PrunedBlock", "UniFormerLight", "checkpoint_filter_fn"]
@@ -53,9 +56,9 @@ class Guided(NamedTuple):
     """What goes from block to block.
 
     Attributes:
-        map: (B, C, H, W), every token in its place.
+        map: (B, C, H, W), every token in its place; of clips (B, C, T, H, W).
         cls: (B, 1, C), the class token.
-        guide: (B, H * W), its running attention; None before the first block.
+        guide: (B, N), its running attention to the N tokens of the map; None before the first block.
     """
 
     map: Tensor
@@ -82,7 +85,9 @@ class PrunedBlock(GlobalBlock):
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of attention's output and in the MLP.
         drop_path: Rate of stochastic depth of the slow update.
-        layer_scale: First value of a learned scale per channel of both branches and of the fast update. None: no scale.
+        layer_scale: First value of a learned scale per channel of both branches; on images the fast update has a third one.
+            None: no scale.
+        frames: Whether the maps are those of clips. The fast update then takes the scales of both branches (authors' code).
         device: Torch device.
         dtype: Torch dtype.
     """
@@ -98,6 +103,7 @@ class PrunedBlock(GlobalBlock):
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        frames: bool = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,27 +121,31 @@ class PrunedBlock(GlobalBlock):
             proj_drop=proj_drop,
             drop_path=drop_path,
             layer_scale=layer_scale,
+            frames=frames,
             device=device,
             dtype=dtype,
         )
-        self.keep_ratio, self.trade_off = keep_ratio, trade_off
-        scaled = layer_scale is not None and keep_ratio < 1
-        self.ls3 = LayerScale(dim, layer_scale, device=device, dtype=dtype) if scaled else nn.Identity()
+        self.keep_ratio, self.trade_off, self.frames = keep_ratio, trade_off, frames
+        third = layer_scale is not None and keep_ratio < 1 and not frames
+        self.ls3 = LayerScale(dim, layer_scale, device=device, dtype=dtype) if third else nn.Identity()
 
     def update(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attention and MLP on (B, 1 + N, C), the class token first.
 
         Returns:
-            The tokens; the sum of what both branches gave, without scale and stochastic depth, (B, 1 + N, C); the class
-            token's attention (B, 1 + N).
+            The tokens; what both branches gave to the last one, without stochastic depth, (B, 1, C); the class token's
+            attention (B, 1 + N).
         """
         attended, row = self.mixer.guided(self.norm1(x))
         x = x + self.drop_path(self.ls1(attended))
         transformed = self.mlp(self.norm2(x))
-        return x + self.drop_path(self.ls2(transformed)), attended + transformed, row
+        x = x + self.drop_path(self.ls2(transformed))
+        attended, transformed = attended[:, -1:], transformed[:, -1:]
+        fast = self.ls1(attended) + self.ls2(transformed) if self.frames else self.ls3(attended + transformed)
+        return x, fast, row
 
     def token_maps(self, x: Any) -> dict[str, Tensor]:
-        """``kept`` (B, H, W), whether a token goes through attention itself; nothing where nothing is pruned."""
+        """``kept``, of the map's size, whether a token goes through attention itself; nothing where nothing is pruned."""
         if self.keep_ratio == 1 or x.guide is None:
             return {}
         kept = x.guide.topk(int(x.guide.shape[1] * self.keep_ratio), dim=1).indices
@@ -144,9 +154,7 @@ class PrunedBlock(GlobalBlock):
     def forward(self, x: Any) -> Any:
         """``Guided`` -> ``Guided``."""
         cls, guide = x.cls, x.guide
-        x = self.pos_embed(x.map).permute(0, 2, 3, 1)
-        size = x.shape[1:3]
-        x = x.flatten(1, 2)  # (B, N, C)
+        x, size = to_tokens(self.pos_embed(x.map))  # (B, N, C)
         if self.keep_ratio == 1 or guide is None:
             y, _, row = self.update(torch.cat([cls, x], 1))
             x, row = y[:, 1:], row[:, 1:]
@@ -156,17 +164,22 @@ class PrunedBlock(GlobalBlock):
             weight = guide.scatter(1, kept, 0.0)
             rest = (weight / weight.sum(1, keepdim=True)).unsqueeze(1) @ x  # (B, 1, C)
             places = kept.unsqueeze(-1).expand(-1, -1, x.shape[2])
-            y, added, row = self.update(torch.cat([cls, x.gather(1, places), rest], 1))  # (B, 1 + K + 1, C)
-            x = x + self.ls3(added[:, -1:])
+            y, fast, row = self.update(torch.cat([cls, x.gather(1, places), rest], 1))  # (B, 1 + K + 1, C)
+            x = x + fast
             x = x.scatter(1, places, y[:, 1:-1].to(x.dtype))
             new = torch.lerp(guide.gather(1, kept), row[:, 1:-1].to(guide.dtype), self.trade_off)
             guide = guide.scatter(1, kept, new)
-        return Guided(x.unflatten(1, size).permute(0, 3, 1, 2), y[:, :1], guide)
+        return Guided(to_map(x, size), y[:, :1], guide)
 
 
-def pool_guide(guide: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means over 2 x 2 positions, scaled so that the sum stays: (B, H * W) -> (B, H * W / 4)."""
-    pooled = F.avg_pool2d(guide.unflatten(1, size), 2).flatten(1)
+def pool_guide(guide: Tensor, size: Sequence[int]) -> Tensor:
+    """Means over 2 x 2 positions of a frame, scaled so that the sum stays: (B, N) -> (B, N / 4).
+
+    Args:
+        guide: One number for each position of the map.
+        size: (H, W) or (T, H, W).
+    """
+    pooled = F.avg_pool2d(guide.unflatten(1, (-1, *size[-2:])), 2).flatten(1)
     return pooled * (guide.sum(1, keepdim=True) / pooled.sum(1, keepdim=True))
 
 
@@ -195,6 +208,10 @@ class UniFormerLight(Backbone):
     """UniFormer with a convolutional stem, narrow MLPs and token pruning.
 
     In training mode the model returns two logits, ``TwoLogits``; the authors' loss is half the cross entropy of each.
+
+    Class attributes:
+        frames: Whether its images are clips. A subclass for them sets it, with a ``classifier`` of clips.
+        classifier: Makes the head.
 
     Args:
         depths: Blocks per stage; stages 1 and 2 are local, 3 and 4 global.
@@ -228,6 +245,8 @@ class UniFormerLight(Backbone):
 
     size_multiple = 32
     channels_last = True
+    frames: ClassVar[bool] = False
+    classifier: ClassVar[type[ClassifierHead]] = ClassifierHead
 
     def __init__(
         self,
@@ -253,37 +272,33 @@ class UniFormerLight(Backbone):
         check_stages(depths, dims)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stem = make_conv_stem(in_chans, dims[0], **dd)
+        self.stem = make_conv_stem(in_chans, dims[0], self.frames, **dd)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        stages: list[Stage] = []
-        for i, dim in enumerate(dims):
-            shared: dict[str, Any] = {
-                "mlp_ratio": mlp_ratio,
-                "proj_drop": proj_drop_rate,
-                "layer_scale": layer_scale,
-                **dd,
-            }
-            downsample = nn.Identity() if i == 0 else PatchEmbed(dims[i - 1], dim, 2, **dd)
-            if i < 2:
-                stages.append(Stage(downsample, [LocalBlock(dim, drop_path=rate, **shared) for rate in rates[i]]))
-                continue
-            blocks = [
-                PrunedBlock(
-                    dim,
-                    head_dim,
-                    1.0 if i == 2 and j == 0 else keep_ratio,
-                    trade_off,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rate,
-                    **shared,
-                )
-                for j, rate in enumerate(rates[i])
-            ]
-            stages.append(GuidedStage(downsample, blocks, dim, None if i == 2 else dims[i - 1], **dd))
-        self.stages = nn.Sequential(*stages)
+        shared: dict[str, Any] = {
+            "mlp_ratio": mlp_ratio,
+            "proj_drop": proj_drop_rate,
+            "layer_scale": layer_scale,
+            "frames": self.frames,
+            **dd,
+        }
+
+        def block(stage: int, index: int) -> nn.Module:
+            dim, rate = dims[stage], rates[stage][index]
+            if stage < 2:
+                return LocalBlock(dim, drop_path=rate, **shared)
+            ratio = 1.0 if (stage, index) == (2, 0) else keep_ratio
+            return PrunedBlock(dim, head_dim, ratio, trade_off, attn_drop=attn_drop_rate, drop_path=rate, **shared)
+
+        def stage(index: int, downsample: nn.Module, blocks: list[nn.Module]) -> Stage:
+            if index < 2:
+                return Stage(downsample, blocks)
+            return GuidedStage(downsample, blocks, dims[index], None if index == 2 else dims[index - 1], **dd)
+
+        embed = partial(PatchEmbed, patch_size=2, frames=1 if self.frames else None, **dd)
+        self.stages = make_stages(depths, dims, embed, block, stage)
         self.describe_stages(dims, (4, 8, 16, 32))
-        self.norm = nn.BatchNorm2d(dims[-1], **dd)
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.norm = (nn.BatchNorm3d if self.frames else nn.BatchNorm2d)(dims[-1], **dd)
+        self.head = self.classifier(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.norm_cls: nn.Module = nn.LayerNorm(dims[-1], **dd)
         self.head_cls = nn.Linear(dims[-1], num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)

@@ -217,7 +217,7 @@ class Backbones(Comparison):
         if slower:
             notes.append(f"Slower than {self.baseline} here: {', '.join(slower)}.")
         if options.effort == "demo":
-            notes.append("Demonstration: few models, sizes and images; effort=full measures more.")
+            notes.append("Demonstration: few models, sizes and images; the full run measures more.")
         return notes
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenry.assets import load_model, prompts
+from tokenry.assets import load_model, prompts, read_text_file
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY, Bench, Contender, Ready
 from tokenry.measure.counting import peak_activations
@@ -18,6 +18,7 @@ from tokenry.measure.timing import fit_exponent, interleave, peak_extra_memory
 
 __all__ = ["Decoding", "read_prompts"]
 
+BEYOND = 16  # positions left free behind the last token: the library's own speculation drafts past it
 WARM_PROMPTS = 4  # prompts that methods may learn from; never the measured ones
 
 
@@ -30,7 +31,9 @@ def read_prompts(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"data={path!r} is not a file; give prompts one per line, a JSON list, or JSONL with 'prompt'")
-    text = file.read_text("utf-8").strip()
+    text = read_text_file(file).strip()
+    if not text:
+        raise ValueError(f"{path} is empty; give prompts one per line, a JSON list, or JSONL with 'prompt'")
     try:
         if text.startswith("["):
             entries = json.loads(text)
@@ -41,8 +44,14 @@ def read_prompts(path: str) -> list[str]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} looks like JSON but is not: {error}") from error
     found = [e.get("prompt", e.get("text")) if isinstance(e, dict) else e for e in entries]
-    if not found or not all(isinstance(p, str) and p.strip() for p in found):
-        raise ValueError(f"{path}: every entry must be a text, or an object with 'prompt'; found {len(found)} entries")
+    wrong = [number for number, prompt in enumerate(found, 1) if not isinstance(prompt, str) or not prompt.strip()]
+    if wrong:
+        raise ValueError(
+            f"{path}: every entry must be a text, or an object with 'prompt'; entry {wrong[0]} of {len(found)} is "
+            f"{json.dumps(entries[wrong[0] - 1], ensure_ascii=False):.60}"
+        )
+    if not found:
+        raise ValueError(f"{path} is an empty list; give at least one prompt")
     return found
 
 
@@ -55,10 +64,10 @@ class Decoding(Comparison):
     baseline = GREEDY
     columns: ClassVar = [
         Column(key="identical", title="Text identical", unit="%", better="higher"),
-        Column(key="perplexity", title="Perplexity of the new text under the model", better="lower"),
+        Column(key="speed", title="Speed", unit="x greedy", better="higher"),
+        Column(key="perplexity", title="Perplexity of the new text", better="lower"),
         Column(key="passes", title="Passes of the model", better="lower"),
         Column(key="accepted", title="Accepted length", unit="tokens/pass", better="higher"),
-        Column(key="speed", title="Speed", unit="x greedy", better="higher"),
         Column(key="tokens_per_second", title="Tokens per second", better="higher"),
         Column(key="nodes", title="Nodes per pass", digits=2),
         Column(key="memory", title="Peak extra memory", unit="MB", better="lower"),
@@ -118,10 +127,16 @@ class Decoding(Comparison):
             turns.append(session.step(f"time/{turn}", lambda first=first: self._turn(*bench(), new, first)))
         points: dict[str, list[tuple[float, float]]] = {n: [] for n in names}
         for size in sweep:
-            step = session.step(f"sweep/{size}", lambda size=size: self._growth(*bench(), size))
-            for n in names:
+            step = session.step(f"sweep/{size}", lambda size=size: self._growth(*bench(), size, sweep))
+            for n in step:
                 points[n].append((float(size), step[n]))
+            if not step:
+                notes.append(f"Not in the growth: {size} new tokens do not fit into the model's context.")
         rows = [self._row(contender, texts, turns, notes) for contender in contenders]
+        if texts[GREEDY]["cut"]:
+            notes.append(
+                f"{texts[GREEDY]['cut']} prompt(s) were cut to what the model's context leaves beside {new} new tokens."
+            )
         notes += self._losses(rows)
         exponents = {n: round(fit_exponent(*zip(*p, strict=True)), 3) for n, p in points.items() if len(p) > 1}
         examples = {"Prompt": chosen[0], GREEDY: texts[GREEDY]["example"]}
@@ -148,7 +163,7 @@ class Decoding(Comparison):
             else:
                 found.append(contender)
         if options.effort == "demo":
-            notes.append("Demonstration: few prompts, short texts, few turns; `effort=full` is the measurement.")
+            notes.append("Demonstration: few prompts, short texts, few turns; the full run settles more.")
         return found, notes
 
     def _bench(
@@ -161,16 +176,24 @@ class Decoding(Comparison):
         model, tokenizer = loaded
         tokenizer.padding_side = "left"
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = (limit - new) if limit else None
+        limit = limit - BEYOND if limit else None
+        room = limit - new if limit else None
+        if limit is not None and room is not None and room < 1:
+            raise ValueError(
+                f"decoding: {new} new tokens leave no room for a prompt in the model's context of {limit + BEYOND} tokens; "
+                f"lower new_tokens to {limit - 1} or less"
+            )
 
         def encode(texts: list[str]) -> Any:
-            cut = {"truncation": True, "max_length": room} if room and room > 0 else {}
+            cut = {"truncation": True, "max_length": room} if room else {}
             found = tokenizer(texts, return_tensors="pt", padding=True, **cut).to(options.device)
             return {k: found[k] for k in ("input_ids", "attention_mask")}
 
         size = self.setting(options, "batch_size")
         batches = [encode(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        bench = Bench(model, tokenizer, batches, [encode([prompt]) for prompt in warm], new, options)
+        lengths = [len(ids) for ids in tokenizer(chosen, verbose=False)["input_ids"]]
+        cut = sum(length > room for length in lengths) if room else 0
+        bench = Bench(model, tokenizer, batches, [encode([prompt]) for prompt in warm], new, options, limit, cut)
         return bench, {contender.name: contender.prepare(bench) for contender in contenders}
 
     def _text(self, bench: Bench, ready: dict[str, Ready], name: str, new: int, device: str) -> dict[str, Any]:
@@ -213,6 +236,7 @@ class Decoding(Comparison):
             "nodes": total.mean_nodes if runs else None,
             "memory": memory / 2**20,
             "perplexity": math.exp(nats / tokens) if tokens else None,
+            "cut": bench.cut,
             "example": bench.tokenizer.decode(ids[0], skip_special_tokens=True),
         }
 
@@ -233,9 +257,15 @@ class Decoding(Comparison):
         timings = interleave(functions, repeats=1, warmup=0, device=bench.options.device)
         return {n: t.median for n, t in timings.items()}
 
-    def _growth(self, bench: Bench, ready: dict[str, Ready], size: int) -> dict[str, float]:
-        """Seconds for ``size`` new tokens of the first prompt."""
-        functions = {n: lambda method=method: method.run(bench.batches[0], size) for n, method in ready.items()}
+    def _growth(self, bench: Bench, ready: dict[str, Ready], size: int, sizes: list[int]) -> dict[str, float]:
+        """Seconds for ``size`` new tokens of the first prompt; empty where the context has no room for them."""
+        batch = bench.batches[0]
+        if bench.limit is not None:
+            if size >= bench.limit:
+                return {}
+            room = bench.limit - max(n for n in sizes if n < bench.limit)  # the same prompt before every size
+            batch = {key: value[:, -room:] for key, value in batch.items()}
+        functions = {n: lambda method=method: method.run(batch, size) for n, method in ready.items()}
         timings = interleave(functions, repeats=3, warmup=0, device=bench.options.device)
         return {n: t.median for n, t in timings.items()}
 

@@ -35,6 +35,8 @@ class Bench:
         warm: Other prompts, for methods that learn from what they generate; never the measured ones.
         new_tokens: Tokens per text.
         options: The comparison's options.
+        limit: Tokens of the model's context that may be used; None where it has no end.
+        cut: How many measured prompts were cut to fit into it.
     """
 
     model: Any
@@ -43,6 +45,8 @@ class Bench:
     warm: list[Batch]
     new_tokens: int
     options: Options
+    limit: int | None = None
+    cut: int = 0
 
     @cached_property
     def draft(self) -> Any:

@@ -375,7 +375,7 @@ class Forecasters(Comparison):
         if stride > 1 or options.effort == "demo":
             notes.append(
                 f"Shortened: every {stride}th window only, for training and testing, "
-                f"{self.setting(options, 'epochs') or 1} epoch(s), small width. Published tables need effort=full."
+                f"{self.setting(options, 'epochs') or 1} epoch(s), small width. Published tables need the full run."
             )
         by_name = {row["method"]: row for row in rows}
         worse = [row["method"] for row in rows if row["ratio"] > 1]

@@ -62,7 +62,7 @@ class Losses(Comparison):
         cuda = options.device.startswith("cuda")
         if name == "dense, compiled":
             if options.effort == "demo":
-                return "compiling takes too long for a demonstration; use effort=full"
+                return "compiling takes too long for a demonstration; leave --quick away (effort='full')"
             if not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
                 return "needs a C++ compiler"
         if name in PEERS:
@@ -154,7 +154,7 @@ class Losses(Comparison):
             "Memory is what loss and backward hold above the inputs, gradients included."
         ]
         if options.effort == "demo":
-            notes.append("Demonstration sizes; effort=full measures 2048 tokens and 128,000 entries.")
+            notes.append("Demonstration sizes; the full run measures 2048 tokens and 128,000 entries.")
         notes += [
             f"{row['method']} is slower than the dense loss here ({row['ratio']:.2f}x)."
             for row in rows

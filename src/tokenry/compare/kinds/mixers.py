@@ -210,7 +210,7 @@ class Mixers(Comparison):
         if worse:
             notes.append(f"No better here than not mixing at all: {', '.join(worse)}.")
         if options.effort == "demo":
-            notes.append("Demonstration: a very small network, briefly trained; effort=full measures more.")
+            notes.append("Demonstration: a very small network, briefly trained; the full run measures more.")
         return notes
 
 

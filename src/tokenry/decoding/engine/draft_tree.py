@@ -160,6 +160,11 @@ class DraftTree:
         """Number of drafted nodes, the root apart."""
         return self.size - 1
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children: then a causal mask is the tree's own, and it can follow a prompt in one pass."""
+        return self.max_depth == self.nodes
+
     @cached_property
     def paths(self) -> list[list[int]]:
         """The index path of every node but the root."""

@@ -23,6 +23,7 @@ from tokenry.decoding.engine.draft_cache import DraftCache
 from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.layers.cache_argument import CACHE
 from tokenry.measure.machine import describe_machine
+from tokenry.measure.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,9 +105,8 @@ def pass_latency(model: PreTrainedModel, batch_size: int = 1, *, refresh: bool =
     curve = measure_passes(model, batch_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"sizes": curve.sizes, "seconds": curve.seconds}), "utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps({"sizes": curve.sizes, "seconds": curve.seconds}), "utf-8")
     except OSError:
         pass  # a read-only home costs a measurement per process, nothing else
     return curve

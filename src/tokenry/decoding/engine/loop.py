@@ -68,7 +68,7 @@ def decode(
                 pending = pending[:, :0]
             while True:
                 proposal = strategy.propose(state)
-                if pending.shape[1] and proposal.tree.size > 1:
+                if pending.shape[1] and not proposal.tree.is_chain:
                     runner.prefill(pending, all_logits=False)
                     pending = pending[:, :0]
                 logits = runner.run(proposal, pending)  # (B, T, V)

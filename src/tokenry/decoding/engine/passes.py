@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenry.kernels.tree_attention import tree_mask
 from tokenry.layers.cache_argument import CACHE
@@ -36,18 +37,22 @@ class Passes:
 
     def prefill(self, pending: Tensor, *, all_logits: bool) -> Tensor:
         """Run prompt tokens ``(B, N)`` that the cache lacks; returns logits ``(B, N or 1, V)``."""
-        logits = self._prompt(pending, roots=0, keep=0 if all_logits else 1)
+        logits = self._prompt(pending, {"input_ids": pending}, nodes=0, keep=0 if all_logits else 1)
         self.state.cache.length += pending.shape[1]
         self.state.stats.prefill_passes += 1
         return logits
 
     def run(self, proposal: Proposal, pending: Tensor) -> Tensor:
-        """Verify a draft: logits ``(B, T, V)``. ``pending`` prompt tokens go along when the draft is the root alone."""
+        """Verify a draft: logits ``(B, T, V)``. ``pending`` prompt tokens go along when the draft is a chain."""
         state, tree = self.state, proposal.tree
         state.stats.forward_passes += 1
         state.stats.nodes.append(tree.size)
         if pending.shape[1]:
-            logits = self._prompt(torch.cat([pending, state.root], 1), roots=1, keep=1)[:, -1:]
+            if proposal.embeds is None:
+                whole = {"input_ids": torch.cat([pending, proposal.tokens], 1)}
+            else:
+                whole = {"inputs_embeds": torch.cat([self.model.get_input_embeddings()(pending), proposal.embeds], 1)}
+            logits = self._prompt(pending, whole, nodes=tree.size, keep=tree.size)[:, -tree.size :]
             state.cache.length += pending.shape[1]
             return logits
         length = state.cache.length
@@ -68,15 +73,26 @@ class Passes:
         self._adopt()
         return logits
 
-    def _prompt(self, ids: Tensor, *, roots: int, keep: int) -> Tensor:
-        """Prompt tokens through the library's own causal mask, exactly as stock ``generate`` runs them."""
-        state, n = self.state, ids.shape[1]
-        behind = torch.arange(n, device=ids.device) - (n - roots)
+    def _prompt(self, pending: Tensor, whole: dict[str, Tensor], *, nodes: int, keep: int) -> Tensor:
+        """Prompt tokens through the library's own causal mask, exactly as stock ``generate`` runs them.
+
+        Args:
+            pending: ``(B, N)``.
+            whole: The model's input: these tokens, and those of a chain of ``nodes`` behind them.
+            nodes: See ``whole``; the first is the root.
+            keep: Logits that are needed, counted from the end; 0: all.
+        """
+        state, n = self.state, pending.shape[1] + nodes
+        behind = torch.arange(n, device=pending.device) - pending.shape[1]
+        positions = (state.position + behind).clamp(0, None if self.last_position is None else self.last_position - 1)
+        mask = self.mask  # reaches to the root
+        if mask is not None:
+            mask = functional.pad(mask, (0, max(nodes - 1, 0)), value=1)[:, : state.cache.length + n]
         state.cache.prepare(n)
         logits = self.model(
-            input_ids=ids,
-            attention_mask=None if self.mask is None else self.mask[:, : state.cache.length + n],
-            position_ids=(state.position + behind).clamp_min(0),  # (B, n)
+            **whole,
+            attention_mask=mask,
+            position_ids=positions,  # (B, n)
             **{CACHE: state.cache.cache},
             use_cache=True,
             **({"logits_to_keep": keep} if self.keeps_logits else {}),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenry.kernels.linear_cross_entropy import Plan
+from tokenry.kernels.linear_cross_entropy import Operands, Plan
 
 __all__ = ["INTERPRETED", "TRITON", "Tiles", "TritonBackend"]
 
@@ -230,21 +230,20 @@ class TritonBackend:
     """The backend that ``LinearNLL`` runs on CUDA devices. Float16, bfloat16 and float32 inputs."""
 
     @staticmethod
-    def _common(e: Tensor, bias: Tensor | None, rows: Tensor | None, plan: Plan) -> dict:
+    def _common(x: Operands, plan: Plan) -> dict:
         return {
             "softcap": 1.0 if plan.softcap is None else plan.softcap,
-            "HAS_BIAS": bias is not None,
-            "HAS_ROWS": rows is not None,
+            "HAS_BIAS": x.bias is not None,
+            "HAS_ROWS": x.rows is not None,
             "HAS_SOFTCAP": plan.softcap is not None,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             "GROUP": 8,
         }
 
-    def log_sum_exp(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None, plan: Plan, want_mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def log_sum_exp(self, x: Operands, plan: Plan, want_mean: bool) -> tuple[Tensor, Tensor | None]:
         """One launch over all tiles."""
-        n, (v, d) = len(e) if rows is None else len(rows), c.shape
+        e, c, bias, targets, rows = x
+        n, (v, d) = len(targets), c.shape
         lse = torch.full((n,), -math.inf, device=e.device)
         mean = torch.zeros(v, device=e.device) if want_mean else None
         if n == 0:
@@ -257,14 +256,13 @@ class TritonBackend:
         _log_sum_exp[(blocks[0] * blocks[1],)](
             e, c, _or(bias, e), _or(rows, e), lse, _or(mean, lse), locks, n, v, d, *blocks, *e.stride(), *c.stride(),
             N_BLOCK=tiles.n, V_BLOCK=tiles.v, D_BLOCK=tiles.d, HAS_MEAN=mean is not None,
-            num_warps=tiles.warps, num_stages=tiles.stages, **self._common(e, bias, rows, plan),
+            num_warps=tiles.warps, num_stages=tiles.stages, **self._common(x, plan),
         )  # fmt: skip
         return lse, mean
 
-    def target_logits(
-        self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, plan: Plan
-    ) -> Tensor:
+    def target_logits(self, x: Operands, plan: Plan) -> Tensor:
         """Indexed dot products."""
+        e, c, bias, targets, rows = x
         n, (v, d) = len(targets), c.shape
         out = torch.zeros(n, device=e.device)
         if n:
@@ -281,19 +279,16 @@ class TritonBackend:
 
     def gradients(
         self,
-        e: Tensor,
-        c: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: Tensor | None,
+        x: Operands,
+        plan: Plan,
         lse: Tensor,
         g: Tensor,
         h: Tensor | None,
         order: Tensor | None,
         needs: tuple[bool, bool, bool],
-        plan: Plan,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One launch over all tiles; unneeded products are left out at compile time."""
+        e, c, bias, targets, rows = x
         n, (v, d) = len(targets), c.shape
         want_e, want_c, want_b = needs
         plain = torch.contiguous_format
@@ -318,7 +313,7 @@ class TritonBackend:
             N_BLOCK=tiles.n, V_BLOCK=tiles.v, D_BLOCK=tiles.d, D_BACK=2 * tiles.d,
             HAS_GRAD_LSE=h is not None, HAS_ORDER=order is not None, WANT_E=want_e, WANT_C=want_c, WANT_B=want_b,
             FILTER_E=filtered and plan.filter_e and want_e, FILTER_C=filtered and plan.filter_c and want_c,
-            num_warps=tiles.warps, num_stages=tiles.stages, **self._common(e, bias, rows, plan),
+            num_warps=tiles.warps, num_stages=tiles.stages, **self._common(x, plan),
         )  # fmt: skip
         return de, dc, db
 
