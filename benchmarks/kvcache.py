@@ -38,15 +38,20 @@ def build(layers: int, device: str, dtype: torch.dtype, small: bool) -> LlamaFor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--layers", type=int, help="default 32; 4 with --small")
+    parser.add_argument("--context", type=int, help="default 32768; 2048 with --small")
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32, help="new tokens per timed call")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-memory", type=float, default=40e9, help="bytes that the caches of a batch may take")
+    parser.add_argument(
+        "--batch-memory", type=float, help="bytes that the caches of a batch may take; default 40e9, 1e8 with --small"
+    )
     parser.add_argument("--small", action="store_true", help="a narrow model, for a try without a GPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.layers = args.layers or (4 if args.small else 32)
+    args.context = args.context or (2048 if args.small else 32768)
+    args.batch_memory = args.batch_memory or (1e8 if args.small else 40e9)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = build(args.layers, args.device, dtype, args.small)

@@ -44,6 +44,10 @@ def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) ->
         "global score only": lambda: kvcache.GlobalCache(config, budget, window),
         "H2O": lambda: kvcache.H2OCache(config, budget, window),
         "SnapKV-like (local)": lambda: kvcache.SnapKVCache(config, budget, window),
+        "expected attention": lambda: kvcache.ExpectedAttentionCache(config, budget, window=window),
+        "TOVA": lambda: kvcache.TOVACache(config, budget, window),
+        "KeyDiff": lambda: kvcache.KeyDiffCache(config, budget, window),
+        "key norm": lambda: kvcache.KeyNormCache(config, budget, window),
         "sinks and recent": lambda: kvcache.SinkCache(config, budget),
         "sliding window": lambda: kvcache.SlidingWindowCache(config, budget),
     }
@@ -71,8 +75,8 @@ def readings(model: Any, budget: int) -> dict[str, Callable[[], AbstractContextM
 
 READ_ONLY = [TIDAL, "window, read only", "each layer's own best, read only"]
 NAMES = [
-    FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV-like (local)", "sinks and recent", "sliding window",
-    *READ_ONLY,
+    FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV-like (local)", "expected attention", "TOVA", "KeyDiff",
+    "key norm", "sinks and recent", "sliding window", *READ_ONLY,
 ]  # fmt: skip
 
 
