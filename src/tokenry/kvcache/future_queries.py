@@ -45,6 +45,7 @@ def query_moments(query: Tensor, counted: Tensor) -> QueryMoments:
         counted: ``[B, Q]`` bool.
 
     Example:
+        >>> import torch
         >>> found = query_moments(torch.tensor([[[[1.0], [3.0], [9.0]]]]), torch.tensor([[True, True, False]]))
         >>> found.mean.item(), found.scatter.item()
         (2.0, 2.0)
