@@ -20,15 +20,8 @@ from torch.nn import functional as F
 from tokenry.assets.english import english_documents, is_held_out
 
 CONTEXT = 1024  # tokens, of the embedded models
-NOT_READ = {
-    "site-packages",
-    "test",
-    "tests",
-    "lib2to3",
-    "idlelib",
-    "encodings",
-    "turtledemo",
-}  # of the standard library
+# Folders of the standard library.
+NOT_READ = {"site-packages", "test", "tests", "lib2to3", "idlelib", "encodings", "turtledemo"}
 
 
 def documents(english: Path) -> dict[str, list[str]]:

@@ -79,11 +79,10 @@ def main() -> None:
     save_project(record for record in speed if record.slug in slugs)
     failed = 0
     for outcome in () if args.skip_claims else verify(sorted(slugs), claims=args.claims, folder=args.work):
-        state = outcome.not_run or outcome.error or (outcome.record.sentence if outcome.record else "")
-        print(f"{outcome.slug}/{outcome.claim.id}: {state}", flush=True)
+        print(f"{outcome.slug}/{outcome.claim.id}: {outcome.sentence}", flush=True)
         if outcome.record is not None:
             save_project([outcome.record])
-        failed += bool(outcome.error) or (outcome.record is not None and not outcome.record.passed)
+        failed += outcome.failed
     sys.exit(failed > 0)
 
 

@@ -6,6 +6,7 @@ from . import decoding as decoding
 from . import evidence as evidence
 from . import kernels as kernels
 from . import kvcache as kvcache
+from . import language as language
 from . import layers as layers
 from . import measure as measure
 from . import mixers as mixers

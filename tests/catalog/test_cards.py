@@ -11,7 +11,7 @@ import pytest
 
 from tokenry.catalog import card, cards, create
 from tokenry.catalog.entries import CARDS, Card
-from tokenry.catalog.making import load
+from tokenry.catalog.making import ARGUMENTS, load
 from tokenry.claims.registry import measurement_of
 from tokenry.compare import KINDS
 
@@ -92,6 +92,54 @@ def test_create_works_cold():
     code = "import tokenry; print(type(tokenry.create('affnet_t', num_classes=3)).__name__, type(tokenry.create('pool', 8)).__name__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert len(out) == 2
+
+
+@pytest.mark.parametrize("size", ["xxs", "xs", "s", "b"])
+def test_create_makes_what_a_card_names(size):
+    model = create(f"uniformer_video_{size}", num_classes=3, device="meta")
+    assert model.num_classes == 3
+
+
+def test_one_name_means_one_thing():
+    """``create`` looks a name up among all cards."""
+    meant = {}
+    for found in cards().values():
+        for entry in (found.entry_point, *found.also):
+            meant.setdefault(entry.split(":")[1], []).append(load(entry))
+    assert all(every[0] is one for every in meant.values() for one in every)
+    others = {*cards(), *(name for found in cards().values() for name in (*found.models, *found.mixers))}
+    assert not others & set(meant) - set(cards())
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("tsm2", "tokenry.series.Forecaster('tsm2'"),
+        ("block_main_b4_5", "tokenry.language.VARIANTS['block_main_b4_5'].config()"),
+        ("lastde++", "tokenry.text.LastdeDetector(model, tokenizer, 'lastde++')"),
+        ("likelihood", "tokenry.text.BaselineDetector(model, tokenizer, 'likelihood')"),
+    ],
+)
+def test_names_that_are_arguments_are_refused_with_the_call(name, call):
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} is an argument: ") + ".*" + re.escape(call)):
+        create(name)
+
+
+def test_the_calls_of_arguments_run():
+    import tokenry.language
+    import tokenry.series
+    import tokenry.text
+    from tokenry.assets import load_model
+
+    model, tokenizer = load_model("draft")
+    for table, call in ARGUMENTS.items():
+        for name in load(table):
+            assert eval(call.format(name), {"tokenry": tokenry, "model": model, "tokenizer": tokenizer}) is not None
+
+
+def test_tables_are_not_made():
+    with pytest.raises(ValueError, match="called 'VARIANTS'"):
+        create("VARIANTS")
 
 
 def test_unknown_names_are_refused_with_near_ones():

@@ -66,7 +66,7 @@ def test_broken_lines_are_named_and_the_rest_runs(call, tmp_path):
         '{"prompt": 5}': '"prompt" must be text',
         '{"prompt": ""}': "the prompt has no tokens",
         '{"ids": [1, "2"]}': "list of whole numbers",
-        '{"ids": [999999]}': "token 999999 is not in the vocabulary",
+        '{"ids": [999999]}': "token 999999 is not in the model's vocabulary",
         '{"prompt": "x", "max_new_tokens": 0}': "at least 1, got 0",
         '{"prompt": "x", "max_new_tokens": 9999999}': "--memory 50MB holds",
         '{"prompt": "x", "id": [1]}': '"id" must be text or a whole number',
@@ -118,11 +118,18 @@ def test_mistakes_are_one_sentence(call, monkeypatch, capsys, lines, more, says)
     assert stopped.value.code == 2 and says in error and "Traceback" not in error
 
 
-def test_does_not_write_into_another_file(call, tmp_path, monkeypatch):
-    (tmp_path / "out.jsonl").write_text("dear diary\n", "utf-8")
+@pytest.mark.parametrize("text", ["dear diary\n", "dear diary", "[1]\n", '{"id": 1}\ndear diary'])
+def test_does_not_write_into_another_file(call, tmp_path, text):
+    (tmp_path / "out.jsonl").write_text(text, "utf-8")
     done = call(GOOD[2])
     assert isinstance(done.exception, ValueError) and "holds something else" in str(done.exception)
-    assert (tmp_path / "out.jsonl").read_text("utf-8") == "dear diary\n"
+    assert (tmp_path / "out.jsonl").read_text("utf-8") == text
+
+
+def test_does_not_write_into_the_requests(call, tmp_path):
+    done = call(GOOD[0], out="requests.jsonl")
+    assert isinstance(done.exception, ValueError) and "is the file of the requests" in str(done.exception)
+    assert json.loads((tmp_path / "requests.jsonl").read_text("utf-8")) == GOOD[0]
 
 
 def test_a_folder_for_the_answers_is_made_and_none_is_taken_for_a_file(call, tmp_path):

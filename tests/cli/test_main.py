@@ -7,7 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from tokenry.catalog import card, cards
+from tokenry.claims.registry import Outcome
 from tokenry.cli import app, main
+from tokenry.compare import KINDS
 from tokenry.evidence import Record, save_user
 
 runner = CliRunner()
@@ -92,6 +94,40 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, says):
     assert says in " ".join(error.split()) and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "file", "says"),
+    [
+        (["report", "--run", "."], "result.json", "result.json is no result of `tokenry compare`: Invalid JSON"),
+        (["status"], "mine.sqlite", "mine.sqlite holds no records that can be read"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, monkeypatch, capsys, arguments, file, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRY_EVIDENCE", "mine.sqlite")
+    (tmp_path / file).write_text('{"kind": ' * 200)
+    test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, says)
+
+
+def test_help_names_every_kind():
+    said = " ".join(runner.invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert ", ".join(KINDS) in said
+
+
+def test_a_claim_has_one_state():
+    claim = card("ems").claims[0]
+    record = Record(slug="ems", check=claim.kind, id=claim.id, passed=False, sentence="as measured")
+    found = [
+        Outcome("ems", claim, record=record),
+        Outcome("ems", claim, error="gone"),
+        Outcome("ems", claim, not_run="no GPU"),
+    ]
+    assert [(o.state, o.failed, o.sentence) for o in found] == [
+        ("does not show", True, "as measured"),
+        ("error", True, "gone"),
+        ("not run", False, "no GPU"),
+    ]
+
+
 def test_verify_says_where_it_wrote(monkeypatch):
     from tokenry import claims
     from tokenry.claims import registry
@@ -115,6 +151,21 @@ def test_methods_whose_names_hold_commas(monkeypatch):
     monkeypatch.setattr(compare, "compare", asked)
     done = call("compare", "decoding", "--methods", "prompt lookup,token recycling, hot,  batch_generate")
     assert done.exception.args == (["prompt lookup", "token recycling, hot", "batch_generate"],)
+
+
+def test_the_page_shows_all_comparisons_of_a_folder(tmp_path):
+    tiny = {
+        "losses": ["tokens=16", "vocab=40", "dim=8", "vocab_sweep=20,40"],
+        "mixers": ["epochs=1", "train_images=32"],
+    }
+    tiny["mixers"] += ["seeds=1", "dims=8", "depths=1", "sides=32,64"]
+    for kind, settings in tiny.items():
+        options = [part for setting in settings for part in ("--set", setting)]
+        chosen = "cut" if kind == "losses" else "pool"
+        done = call("compare", kind, "--quick", "--repeats", "1", "--methods", chosen, "--out", str(tmp_path), *options)
+        assert done.exit_code == 0, done.output
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert all(f'data-view="compare-{kind}"' in page for kind in tiny)
 
 
 def test_report(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from tokenry.assets import model_path
 from tokenry.compare import compare
 from tokenry.compare.kinds.decoding import Decoding, read_prompts
 from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY
@@ -39,8 +42,6 @@ def test_compares_and_resumes(tmp_path, monkeypatch):
 
 def test_own_model_and_prompts_in_a_batch(tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from tokenry.assets import model_path
 
     sizes = {
         "hidden_size": 16,
@@ -85,7 +86,8 @@ def test_reads_prompts(tmp_path, text):
         ({"methods": ["magic"]}, "no method is called 'magic'"),
         ({"settings": {"speed": 1}}, "no setting 'speed'"),
         ({"settings": {"batch_size": 0}}, "batch_size must be at least 1"),
-        ({"settings": {"prompts": -1}}, "prompts must be 0"),
+        ({"settings": {"prompts": 0}}, "prompts must be at least 1"),
+        ({"settings": {"sweep": "0,8"}}, "sweep must be numbers from 1 up"),
     ],
 )
 def test_refuses(options, message):
@@ -110,11 +112,27 @@ def test_refuses_files(tmp_path, content, message):
         read_prompts(str(tmp_path / "p"))
 
 
+def test_models_that_cannot_be_used_are_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_path("draft"), folder)
+    foreign = Tokenizer(models.BPE({"a": 0} | {f"t{i}": i for i in range(1, 5000)}, []))
+    PreTrainedTokenizerFast(tokenizer_object=foreign, eos_token="a").save_pretrained(folder)
+    options = {"quiet": True, "model": str(folder), "methods": ["prompt lookup"], "effort": "demo"}
+    with pytest.raises(ValueError, match=r"has 5,000 tokens, the model 4,096: they do not belong together"):
+        compare("decoding", **options)
+    shutil.copytree(model_path("draft"), folder, dirs_exist_ok=True)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50_000])
+    with pytest.raises(ValueError, match="cannot load a causal language model from .*: .*incomplete"):
+        compare("decoding", **options)
+
+
 def test_a_small_context(tmp_path):
     """Prompts are cut and said to be; sizes without room are left out of the growth; no room at all is refused."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    from tokenry.assets import model_path
 
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 4096}

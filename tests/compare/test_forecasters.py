@@ -41,7 +41,7 @@ def test_rows_sweeps_notes_and_resume(csv, tmp_path, monkeypatch):
     along, growth = result.outcome.sweeps
     assert set(along.points) == {"seasonal-naive", "itransformer", "rlinear"}
     assert set(growth.exponents) == {"itransformer", "rlinear"}
-    assert any("Shortened" in note for note in result.outcome.notes)
+    assert any("published tables take every one" in note for note in result.outcome.notes)
     assert "looked at" in result.outcome.examples["What iTransformer looked at"]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["kind"] == "forecasters"
 
@@ -83,6 +83,7 @@ def test_own_forecaster(csv, tmp_path):
         ({"settings": {"width": 30}}, "use d_model=32"),
         ({"settings": {"split": "0.5,0.6,0.1"}}, "sum at most 1"),
         ({"settings": {"variates": [0]}}, "variates"),
+        ({"settings": {"epochs": 0}}, "epochs must be at least 1, got 0"),
         ({"dtype": "float16"}, "not float16"),
         ({"model": "/nowhere"}, "holds no forecaster"),
     ],

@@ -9,7 +9,7 @@ from tokenry.compare import compare
 pytestmark = pytest.mark.method("ems")
 TINY = {
     "settings": {
-        "budgets": "12", "window": 4, "context": 40, "following": 6, "passages": 3,
+        "budgets": "12", "window": 4, "context": 40, "following": 6, "passages": 3, "needles": 2,
         "timing_context": 48, "lengths": "32,48",
     },
     "repeats": 1,
@@ -32,9 +32,13 @@ def test_rows(run):
     assert ems["saved"] == pytest.approx(48 / 12)
     keys = {column.key for column in result.columns}
     assert all(keys - {"against"} <= set(row) for row in result.outcome.rows)
-    assert len(result.outcome.sweeps) == 3 and all(len(s.points["EMS"]) == 2 for s in result.outcome.sweeps)
-    assert result.outcome.sweeps[2].exponents["EMS"] == pytest.approx(0, abs=1e-6)
-    assert result.outcome.sweeps[2].exponents["full cache"] == pytest.approx(1, abs=1e-6)
+    by_depth, *growth = result.outcome.sweeps
+    assert len(growth) == 3 and all(len(sweep.points["EMS"]) == 2 for sweep in growth)
+    assert growth[2].exponents["EMS"] == pytest.approx(0, abs=1e-6)
+    assert growth[2].exponents["full cache"] == pytest.approx(1, abs=1e-6)
+    assert full["needle"] > 50 and full["needle"] >= local["needle"]
+    assert [depth for depth, _ in by_depth.points["EMS"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert sum(found for _, found in by_depth.points["EMS"]) / 5 == pytest.approx(ems["needle"])
     assert "EMS" in result.outcome.examples and result.outcome.notes
 
 
@@ -50,7 +54,7 @@ def test_own_texts(tmp_path):
     path.write_text(json.dumps(["one two three four five six seven eight nine ten " * 30]))
     tiny = {**TINY, "settings": {**TINY["settings"], "lengths": "32"}}
     result = compare("kvcache", data=str(path), methods=["sliding window"], **tiny)
-    assert len(result.outcome.rows) == 2 and result.outcome.sweeps == []
+    assert len(result.outcome.rows) == 2 and len(result.outcome.sweeps) == 1
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,7 @@ def test_own_texts(tmp_path):
         ({"methods": ["ESM"]}, "no method is called 'ESM'"),
         ({"settings": {"budgets": "8", "window": 8}}, "smaller than budget 8"),
         ({"settings": {"budgets": "300", "context": 256}}, "keeps all of a context of 256"),
+        ({"settings": {"budgets": "12", "window": 4, "context": 20}}, "must hold a needle"),
         ({"settings": {"budget": 8}}, "no setting 'budget'"),
         ({"settings": {"passages": 1}}, "passages must be at least 2"),
         ({"data": "/nowhere.txt"}, "no such file or folder"),

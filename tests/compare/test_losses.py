@@ -57,7 +57,7 @@ def test_a_choice_of_methods():
         ({"settings": {"vocab": "many"}}, "setting vocab='many'"),
         ({"settings": {"softcap": -1.0}}, "softcap must be positive"),
         ({"settings": {"tokenz": 1}}, "no setting 'tokenz'"),
-        ({"model": "small"}, "takes no model or data"),
+        ({"model": "small"}, "no model or data is asked for"),
     ],
 )
 def test_rejects(options, message):

@@ -125,7 +125,7 @@ def test_parquet_files(folder, tmp_path):
         ({"settings": {"dims": "8"}}, "one positive entry per stage"),
         ({"settings": {"sides": "4,32"}}, "at least 8 pixels"),
         ({"settings": {"sides": "32"}}, "at least two sizes"),
-        ({"model": "x"}, "a model is not asked for"),
+        ({"model": "x"}, "no model is asked for"),
         ({"data": "/nowhere"}, "no labelled images at"),
     ],
 )

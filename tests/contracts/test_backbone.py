@@ -6,6 +6,7 @@ A new backbone gets these tests by being listed.
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -292,10 +293,19 @@ def test_meta_device(name):
 
 
 def test_wrong_input(name):
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        make(name)(images(1, 4, side(name), side(name)))
-    with pytest.raises(ValueError):
-        make(name)(images(3, side(name), side(name)))
+    for shape in ((1, 4), (3,), (1, 3, 2)):  # four channels, no batch, a clip
+        with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+            make(name)(images(*shape, side(name), side(name)))
+
+
+@torch.no_grad()
+def test_without_classes_takes_a_classifiers_checkpoint(name):
+    whole, headless = make(name), make(name, num_classes=0)
+    module = sys.modules[type(headless).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", tokenry.vision.checkpoint_filter_fn)
+    headless.load_state_dict(convert(whole.state_dict(), headless))
+    x = images(1, 3, side(name), side(name))
+    torch.testing.assert_close(headless.eval().forward_features(x), whole.eval().forward_features(x))
 
 
 def test_timm_lists_what_the_cards_name():

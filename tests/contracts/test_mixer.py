@@ -28,6 +28,7 @@ from tokenry.vision import metaformer
 
 DIM = 16
 SIZES = [(6, 6), (5, 7), (1, 1), (2, 9)]
+ANY_CHANNELS = {"identity", "pool", "random", "selective_channel", "spatial_fc"}  # no weight belongs to a channel
 SLUGS = {mixer: card.slug for card in cards().values() for mixer in card.mixers}
 
 
@@ -73,6 +74,21 @@ def test_does_not_change_its_input(name):
     kept = x.clone()
     mixer(x)
     assert torch.equal(x, kept)
+
+
+@torch.no_grad()
+def test_refuses_other_shapes(name):
+    if name == "identity":
+        pytest.skip("any shape stays as it is")
+    mixer = make(name).eval()
+    x = tokens(mixer)
+    with pytest.raises(ValueError, match=r"\(B, "):
+        mixer(x.unsqueeze(1))
+    with pytest.raises(ValueError, match=r"\(B, "):
+        mixer(x[0])
+    if name not in ANY_CHANNELS:
+        with pytest.raises(ValueError, match=f"C={DIM}|D={DIM}"):
+            mixer(tokens(mixer, dim=DIM // 2))
 
 
 @torch.no_grad()
@@ -122,6 +138,19 @@ def test_state_dict_round_trip(name, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "mixer.pt", weights_only=True))
     x = tokens(mixer)
     assert torch.equal(mixer(x), other(x))
+
+
+@torch.no_grad()
+def test_what_it_shows_can_be_drawn(name):
+    mixer = make(name, (4, 9)).eval()
+    if not hasattr(mixer, "token_maps"):
+        pytest.skip("shows nothing")
+    x = tokens(mixer, (4, 9))
+    maps = mixer.token_maps(x)
+    assert maps
+    for found in maps.values():
+        assert len(found) == len(x) and found.ndim in (2, 3)
+        assert not found.is_floating_point() or (found.isfinite().all() and (found >= 0).all())
 
 
 @torch.no_grad()
@@ -190,6 +219,7 @@ def test_runs_inside_timms_metaformer(name):
         (lambda: register_mixer("pool", torch.nn.Identity), "registered already"),
         (lambda: register_mixer("mine", torch.nn.Identity), "declares no layout"),
         (lambda: for_timm("nothing"), "no token mixer is called"),
+        (lambda: create_mixer("pool", 8, layout="CHW"), "layout must be 'NCHW', 'NHWC' or 'NLC', got 'CHW'"),
     ],
 )
 def test_likely_mistakes(call, message):

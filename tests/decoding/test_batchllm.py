@@ -670,11 +670,13 @@ def test_refuses_simulations():
 
 
 @pytest.mark.parametrize(
-    ("given_", "expected"), [("8GiB", 2**33), ("2 kb", 2000), ("7", 7), (12, 12), ("0.5M", 500_000), ("1TiB", 2**40)]
+    ("given_", "expected"), [("8GiB", 2**33), ("2 kb", 2000), ("7", 7), (12, 12), ("0.5MB", 500_000), ("1TiB", 2**40)]
 )
 def test_memory(given_, expected):
-    if given_ == "0.5M":
-        with pytest.raises(ValueError, match="memory limit"):
-            parse_memory(given_)
-    else:
-        assert parse_memory(given_) == expected
+    assert parse_memory(given_) == expected
+
+
+@pytest.mark.parametrize("given_", ["0.5M", "much", "-1GB", "0", "0.1B", ""])
+def test_refuses_memory(given_):
+    with pytest.raises(ValueError, match="a memory limit is a positive number of bytes"):
+        parse_memory(given_)

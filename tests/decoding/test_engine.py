@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from tokenry.decoding import DraftTree, PassLatency, accept_greedy, accept_walk, explain_difference, pass_latency
+from tiny_causal import tiny_causal, tokens
+from tokenry.decoding import (
+    DraftTree,
+    PassLatency,
+    TokenRecycling,
+    accept_greedy,
+    accept_walk,
+    explain_difference,
+    pass_latency,
+)
 from tokenry.decoding.engine.draft_cache import DraftCache
 from tokenry.decoding.engine.latency import cache_folder
 from tokenry.kernels import TreeMask, compact_path, compact_rows, tree_mask
@@ -229,5 +239,23 @@ def test_explains_a_difference():
     other = torch.tensor([1, 2, 5, 4])
     found = explain_difference(model, ids, other)
     assert (found.position, found.tokens) == (2, (3, 5))
-    assert found.gap >= 0
+    with torch.no_grad():
+        best = copy.deepcopy(model).double()(ids[None, :2]).logits[0, -1].sort(descending=True).values
+    assert found.gap == pytest.approx((best[0] - best[1]).item())
+    nearest = best[0].float()
+    ulp = (nearest.nextafter(torch.tensor(torch.inf)) - nearest).item()
+    assert found.ulps == pytest.approx(found.gap / ulp)
+    assert explain_difference(model, ids, ids) is None
     assert explain_difference(model, ids, ids[:3]).tokens == (4, -1)
+
+
+def test_refuses_an_empty_batch_and_what_the_position_table_does_not_reach():
+    model = tiny_causal("gpt2")
+    for ids, new, message in (
+        (tokens(0, 5), 3, "the batch is empty"),
+        (tokens(1, 505), 9, "a prompt of 505 tokens and 9 new ones take 513 positions, GPT2LMHeadModel has 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), custom_generate=TokenRecycling(tree=0), max_new_tokens=new
+            )

@@ -685,6 +685,7 @@ BAD = {
     "wide trace": (lambda: run(family()[0], prompt(), collaborate(large_(), top_k=50)), "the trace wants the 50 largest"),
     "empty": (lambda: run(family()[0], torch.zeros(1, 0, dtype=torch.long), collaborate(large_())), "at least one token"),
     "empty row": (lambda: run(family()[0], {"input_ids": prompt(2), "attention_mask": torch.tensor([[1] * 6, [0] * 6])}, collaborate(large_())), "row 1 of the prompt is all padding"),
+    "short table": (lambda: run(family()[0], prompt(1, 505), collaborate(tiny_causal("gpt2")), 9), "513 positions, GPT2LMHeadModel has 512"),
     "role": (lambda: ContrastiveProcessor(large_(), "tuned"), "'large' or 'small', got 'tuned'"),
     "processor alpha": (lambda: ContrastiveProcessor(large_(), alpha=2), "alpha=2"),
     "proxy alpha": (lambda: ProxyProcessor(large_(), large_(), alpha=0), "alpha=0"),

@@ -388,6 +388,8 @@ def test_fit_learns_goes_on_and_leaves_the_model_alone(tmp_path):
     hook.remove()
     assert len(ran) == 50 * 5  # a text, three greedy tokens and the prompts per step
     assert torch.equal(resumed.embeddings, straight.embeddings)
+    with pytest.raises(ValueError, match=r"holds a run with embeddings \(3, 32\), these are \(1, 32\)"):
+        some_prompts(model, 1).fit(model, data, steps=100, checkpoint=file, **options)
 
 
 def test_measure_counts_right_guesses():

@@ -170,6 +170,13 @@ def test_stops_where_all_best_drafts_are_told_to():
     assert out.sequences.shape[2] == 9 and strategy.stats.forward_passes == 4
 
 
+def test_a_sharp_temperature_leaves_every_draft_a_score():
+    """Probabilities of the vocabulary would underflow at it."""
+    out = drafts_of(tiny_causal("llama"), tokens(2, 6), SuperposedDecoding(3, temperature=1e-3), eos_token_id=None)
+    assert torch.isfinite(out.alive_scores).all()
+    assert all(len({tuple(draft.tolist()) for draft in row}) == 3 for row in out.alive_sequences)
+
+
 def test_bf16_is_finite():
     model = tiny_causal("llama", dtype=torch.bfloat16)
     out = drafts_of(model, tokens(2, 6), SuperposedDecoding(3, ngrams()))
@@ -246,3 +253,14 @@ def test_refuses(make, message):
 def test_refuses_calls(strategy, options, message):
     with pytest.raises(ValueError, match=message):
         drafts_of(tiny_causal("llama"), tokens(1, 5), strategy, **options)
+
+
+def test_refuses_prompts():
+    for kind, ids, message in (
+        ("llama", tokens(0, 5), "the batch is empty"),
+        ("gpt2", tokens(1, 506), "506 tokens and 8 new ones take 513 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drafts_of(
+                tiny_causal(kind), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, SuperposedDecoding(3)
+            )

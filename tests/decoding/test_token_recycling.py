@@ -128,10 +128,11 @@ def test_a_hot_table_accepts_more():
     model = _model()
     strategy = TokenRecycling(tree=None)
     ids = torch.randint(23, (1, 6), generator=torch.Generator().manual_seed(1))
+    lengths = []
     for _ in range(2):
         model.generate(ids, custom_generate=strategy, max_new_tokens=40, do_sample=False)
-        first, strategy_first = strategy.stats, locals().get("first")
-    assert first.mean_accepted_length >= (strategy_first or first).mean_accepted_length >= 1
+        lengths.append(strategy.stats.mean_accepted_length)
+    assert 1 < lengths[0] < lengths[1]
 
 
 def test_warm_from_prompt_fills_the_prompts_rows():

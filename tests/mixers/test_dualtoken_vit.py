@@ -110,7 +110,7 @@ def test_with_and_without_tokens_from_outside():
         (lambda: DualTokenMixer(8, 3), "must divide dim=8"),
         (lambda: DualTokenMixer(8, grid=0), "grid must be at least 1"),
         (lambda: DualTokenMixer(8, mlp="mixed"), "'plain' or 'mix'"),
-        (lambda: DualTokenMixer(8, grid=2)(torch.zeros(1, 9, 4, 4)), r"expected a map \(B, 8, H, W\)"),
+        (lambda: DualTokenMixer(8, grid=2)(torch.zeros(1, 9, 4, 4)), r"takes maps \(B, C, H, W\) with C=8"),
         (lambda: DualTokenMixer(8, grid=2, own_tokens=False)(torch.zeros(1, 8, 4, 4)), "own_tokens=False"),
         (lambda: part()(torch.zeros(2, 8, 6, 6), torch.zeros(1, 9, 8)), r"\(B, 9, 8\) with the B=2"),
         (lambda: part()(torch.zeros(1, 8, 6, 6), torch.zeros(1, 9, 16)), r"\(B, 9, 8\)"),

@@ -159,8 +159,8 @@ def test_rejects_settings(kwargs, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(2, 49, 8), r"\(B, D, H, W\) with D=8, got \(2, 49, 8\)"),
-        (torch.zeros(2, 6, 6, 8), "D=8"),
+        (torch.zeros(2, 49, 8), r"\(B, C, H, W\) with C=8, got \(2, 49, 8\)"),
+        (torch.zeros(2, 6, 6, 8), "C=8"),
         (torch.zeros(2, 8, 4, 4, dtype=torch.long), r"int64; convert with x.float\(\)"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_kernels_are_dealt_out_in_turn():
         (lambda: DSS2D(8, d_state=0), "d_state and ssm_ratio"),
         (lambda: DSS2D(8, ssm_ratio=0.05), "d_state and ssm_ratio"),
         (lambda: DSS2D(8)(torch.zeros(1, 16, 4, 4)), r"with C=8, got \(1, 16, 4, 4\)"),
-        (lambda: DSS2D(8)(torch.zeros(1, 16, 8)), "takes \\(B, C, H, W\\)"),
+        (lambda: DSS2D(8)(torch.zeros(1, 16, 8)), r"takes maps \(B, C, H, W\)"),
         (lambda: DCNv4(8, 3), "groups must divide the 8 channels, got 3"),
         (lambda: MultiScaleDWConv(6), "multiple of 4"),
     ],

@@ -273,7 +273,10 @@ def test_starting_weights():
         (lambda: SelectiveTokenMixer(8, orders="causal").step(torch.zeros(1, 3, 8)), r"one token \(B, 8\)"),
         (lambda: SelectiveChannelMixer(num_tokens=0), "num_tokens must be at least 1"),
         (lambda: SelectiveChannelMixer(num_tokens=49)(torch.zeros(1, 64, 8)), "made for 49 tokens, got 64"),
-        (lambda: SelectiveChannelMixer(num_tokens=49)(torch.zeros(1, 8, 7, 7)), r"use x.flatten\(2\).mT"),
+        (
+            lambda: SelectiveChannelMixer(num_tokens=49)(torch.zeros(1, 8, 7, 7)),
+            r"use x.flatten\(2\).transpose\(1, 2\)",
+        ),
         (lambda: S6(4, ways=3), "ways must be 1 or 2"),
     ],
 )

@@ -176,7 +176,7 @@ def test_random_rows_are_saved_and_fixed():
         ),
         (lambda: PerformerMixer(16, num_heads=3), "num_heads must divide dim=16"),
         (lambda: PerformerMixer(16)(torch.zeros(1, 4, 8)), r"C=16, got \(1, 4, 8\)"),
-        (lambda: PerformerMixer(16)(torch.zeros(1, 16, 4, 4)), "for maps use"),
+        (lambda: PerformerMixer(16)(torch.zeros(1, 16, 4, 4)), r"for a map \(B, C, H, W\) use"),
     ],
 )
 def test_likely_mistakes(call, message):

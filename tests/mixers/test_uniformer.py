@@ -132,6 +132,19 @@ def test_a_window_as_large_as_the_map_is_global():
     torch.testing.assert_close(window(x).flatten(1, 2), everywhere(x.flatten(1, 2)))
     larger = made(WindowMHRA, 8, 7, head_dim=4)  # padding takes part in the softmax, as in the authors' code
     assert (larger(x) - window(x)).abs().max() > 0.01
+    shown, expected = window.token_maps(x)["attention"], everywhere.token_maps(x.flatten(1, 2))["attention"]
+    torch.testing.assert_close(shown.flatten(1), expected)
+
+
+def test_what_windows_show_is_laid_out_on_the_map():
+    mixer, x = made(WindowMHRA, 8, 3, head_dim=4), torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    shown = mixer.token_maps(x)["attention"]
+    for top in (0, 3):
+        for left in (0, 3, 6):
+            window = shown[:, top : top + 3, left : left + 3]
+            torch.testing.assert_close(window.sum((1, 2)), torch.ones(2, dtype=torch.float64))
+            alone = mixer.token_maps(x[:, top : top + 3, left : left + 3])["attention"]
+            torch.testing.assert_close(window, alone)
 
 
 @torch.no_grad()

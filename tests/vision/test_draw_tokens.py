@@ -95,6 +95,14 @@ def test_kept_tokens_of_a_pruned_model():
     assert draw_tokens(model, photograph(), size=64).size == (64, 64)
 
 
+def test_windows_of_a_detection_form():
+    model = timm.create_model("uniformer_small_h14", depths=(1, 1, 4, 1), dims=(8, 8, 16, 16), head_dim=8).eval()
+    maps = dict(token_maps(model, torch.randn(2, 3, 64, 96)))
+    assert maps["stages.2.blocks.0.mixer"]["attention"].shape == (2, 4, 6)  # in windows
+    assert maps["stages.2.blocks.3.mixer"]["attention"].shape == (2, 24)  # global
+    assert draw_tokens(model, photograph(), layer=0, size=64).size == (64, 64)
+
+
 def test_training_mode_comes_back():
     model = net("attention").train()
     draw_tokens(model, photograph(), size=64)

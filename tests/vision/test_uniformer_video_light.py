@@ -10,7 +10,6 @@ from torch import nn
 
 from golden_case import GoldenCase
 from tokenry.measure import count_macs
-from tokenry.mixers import GlobalMHRA
 from tokenry.vision import (
     UniFormer,
     UniFormerLight,
@@ -112,7 +111,7 @@ def slow_pruned(block, state):
         merged = sum(guide[p] / total * embedded[b, :, *p] for p in others)
         tokens = torch.stack([state.cls[b, 0], *(embedded[b, :, *p] for p in kept), merged])[None]
         normed = block.norm1(tokens)
-        attended, row = scale1 * GlobalMHRA.forward(block.mixer, normed), block.mixer.guided(normed)[1][0]
+        attended, row = scale1 * block.mixer.attend(normed), block.mixer.guided(normed)[1][0]
         tokens = tokens + attended
         transformed = scale2 * block.mlp(block.norm2(tokens))
         tokens = tokens + transformed
@@ -157,7 +156,7 @@ def test_keeping_all_tokens_is_the_network_without_pruning(scale):
         whole.load_state_dict(block.state_dict())
         x = whole.pos_embed(x)
         tokens = torch.cat([cls, x.flatten(2).mT], 1)
-        tokens = tokens + whole.ls1(GlobalMHRA.forward(whole.mixer, whole.norm1(tokens)))
+        tokens = tokens + whole.ls1(whole.mixer.attend(whole.norm1(tokens)))
         tokens = tokens + whole.ls2(whole.mlp(whole.norm2(tokens)))
         return tokens[:, 1:].mT.unflatten(2, x.shape[2:]), tokens[:, :1]
 

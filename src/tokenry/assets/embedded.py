@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 HERE = Path(__file__).parent
-MODELS = ("small", "draft")
+MODELS = ("small", "draft", "retriever")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -44,7 +44,7 @@ def external(name: str) -> Path | None:
 
 
 def model_path(name: str = "small") -> Path:
-    """Folder of an embedded language model: ``"small"`` (about 7 M parameters) or ``"draft"`` (about 1 M)."""
+    """Folder of an embedded language model: ``"small"`` (about 7 M parameters), ``"draft"`` or ``"retriever"`` (1 M)."""
     if name not in MODELS:
         raise ValueError(f"no embedded model is called {name!r}; there are {', '.join(MODELS)}")
     return HERE / "models" / name
@@ -56,8 +56,8 @@ def load_model(
     """A causal language model and its tokenizer, ready for inference.
 
     Args:
-        name: ``"small"`` or ``"draft"`` (embedded; Llama architecture, 1,024 tokens of context, one tokenizer), or
-            any local folder or hub id.
+        name: ``"small"``, ``"draft"`` or ``"retriever"``, a draft trained to find passkeys in its context (embedded;
+            Llama architecture, 1,024 tokens of context, one tokenizer), or any local folder or hub id.
         dtype: Torch dtype or its name. The embedded weights are stored in bfloat16.
         device: Torch device.
         **kwargs: Handed to ``AutoModelForCausalLM.from_pretrained``, for example ``attn_implementation``.
@@ -66,9 +66,10 @@ def load_model(
         ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
-        ValueError: There is no model or no tokenizer.
+        ValueError: There is no model or no tokenizer, a file of theirs cannot be read, or they do not belong together.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -82,14 +83,20 @@ def load_model(
         if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without any tokenizer file
             raise ValueError("there is no tokenizer: save one there too, tokenizer.save_pretrained(...)")
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:  # a file that is cut off is any of them
         raise ValueError(
-            f"cannot load a causal language model from {where!r}: {error}. Give a folder written by "
+            f"cannot load a causal language model from {where!r}: {str(error).rstrip('. ')}. Give a folder written by "
             f"save_pretrained, a hub id, or one of the embedded models {', '.join(MODELS)}"
         ) from error
     finally:
         if bars:
             logging.enable_progress_bar()
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer in {where!r} has {tokenizer.vocab_size:,} tokens, the model {rows:,}: they do not belong "
+            "together; save the model's own tokenizer there"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenry.assets import held_out_texts, load_model
 from tokenry.assets.english import english_documents, is_held_out
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_models import train
+from tokenry.claims.small_models import token_stream, train
 from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
@@ -224,13 +224,6 @@ def _llama(vocabulary: int, width: int, layers: int, length: int, seed: int) -> 
     )
 
 
-def _stream(tokenizer: Any, texts: list[str]) -> Any:
-    import torch
-
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return torch.tensor([index for row in rows for index in (tokenizer.eos_token_id, *row)])
-
-
 @measures("byte-probabilities", "two-vocabularies")
 def two_vocabularies(context: Context) -> Measurement:
     """Bits per byte of two equal models whose vocabularies come from different halves of a text, and of their mean."""
@@ -259,7 +252,7 @@ def _ensemble(context: Context, vocabularies: tuple[int, int]) -> Measurement:
             context,
             f"train{half}-{vocabulary}",
             model,
-            _stream(tokenizer, texts),
+            token_stream(tokenizer, texts),
             steps=ENSEMBLE["steps"],
             seed=context.seed + half,
         )
@@ -330,9 +323,8 @@ def fill_in_code(context: Context) -> Measurement:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    stream: list[
-        int
-    ] = []  # the suffix first, then the text up to it as one piece, so that no token knows the prompt's end
+    # The suffix first, then the text up to it as one piece, so that no token knows the prompt's end.
+    stream: list[int] = []
     for _ in range(4):
         for text in kept:
             for begin in range(0, len(text), 1200):

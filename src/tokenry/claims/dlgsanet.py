@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.claims.small_images import time_over_sides
 from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
@@ -275,28 +276,13 @@ def better_than_convolutions(context: Context) -> Measurement:
 @measures("dlgsanet", "linear-cost")
 def linear_cost(context: Context) -> Measurement:
     """Forward time of both mixers and of self-attention over the number of positions."""
-    import torch
-
-    from tokenry.measure import fit_exponent, interleave
+    from tokenry.measure import fit_exponent
     from tokenry.mixers import create_mixer
 
     names = ("dynamic_local", "sparse_channel", "attention")
-
-    def times(side: int) -> dict[str, float]:
-        torch.manual_seed(context.seed)
-        mixers = {name: create_mixer(name, 48, layout="NCHW").to(context.device).eval() for name in names}
-        x = torch.randn(1, 48, side, side, device=context.device)
-        with torch.inference_mode():
-            measured = interleave(
-                {name: lambda mixer=mixer: mixer(x) for name, mixer in mixers.items()},
-                repeats=3,
-                device=context.device,
-                min_seconds=0.02,
-            )
-        return {name: timing.median for name, timing in measured.items()}
-
-    rows = [context.session.step(f"side{side}", lambda side=side: times(side)) for side in SIDES]
-    exponents = {name: fit_exponent([side**2 for side in SIDES], [row[name] for row in rows]) for name in names}
+    mixers = {name: lambda side, name=name: create_mixer(name, 48, layout="NCHW") for name in names}
+    seconds = time_over_sides(context, mixers, SIDES, 48, repeats=3)
+    exponents = {name: fit_exponent([side**2 for side in SIDES], seconds[name]) for name in names}
     local, channels, attention = (exponents[name] for name in names)
     return Measurement(
         shows=max(local, channels) < 1.25 and attention > 1.5,
@@ -305,5 +291,5 @@ def linear_cost(context: Context) -> Measurement:
         sentence=f"48 channels, {SIDES[0]}x{SIDES[0]} to {SIDES[-1]}x{SIDES[-1]} positions: time grows as N^{local:.2f} for the "
         f"dynamic local attention, N^{channels:.2f} for the sparse channel attention (must both be below 1.25) and N^{attention:.2f} "
         "for attention between positions (must be above 1.5)",
-        details={"sides": SIDES, "seconds": rows, "exponents": exponents},
+        details={"sides": SIDES, "seconds": seconds, "exponents": exponents},
     )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CONTEXT, FOLLOWING, WINDOW = 96, 32, 8
 PASSAGES = {16: 80, 24: 40, 48: 40}  # per budget; the rule is about the smallest
 NAMES = ("EMS", "local only", "sliding window", "4 sinks + recent", "H2O", "global only", "no merging")
+NEEDLE_CONTEXT, NEEDLE_BUDGET, NEEDLE_WINDOW, NEEDLE_PASSAGES = 320, 40, 16, 20
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def passages(tokenizer: Any, length: int, limit: int, seed: int = 0) -> Tensor:
@@ -29,6 +31,20 @@ def passages(tokenizer: Any, length: int, limit: int, seed: int = 0) -> Tensor:
         if len(ids) >= length + first:
             rows.append(ids[first : first + length])
     return torch.tensor(rows[:limit])
+
+
+def planted(tokenizer: Any, seed: int) -> Tensor:
+    """``[20 * 5, 324]``: each passage with a passkey of 12 tokens at five depths, asked for at the end."""
+    from tokenry.kvcache import passkey_tokens, plant_needles
+
+    texts = passages(tokenizer, NEEDLE_CONTEXT, NEEDLE_PASSAGES, seed)
+    return plant_needles(texts, DEPTHS, passkey_tokens(tokenizer), seed=seed)
+
+
+def found_per_passage(correct: Tensor) -> tuple[list[float], list[float]]:
+    """Percentages of needle tokens named, from shares per row of ``planted``: of each passage, and at each depth."""
+    percent = 100 * correct.view(-1, len(DEPTHS))
+    return percent.mean(1).tolist(), percent.mean(0).tolist()
 
 
 @measures("ems", "divergence")
@@ -173,4 +189,60 @@ def memory(context: Context) -> Measurement:
             f"{largest['promised']:,} each time); the full cache holds {largest['full']:,} after 1,024 (must be 8 times)"
         ),
         details=found,
+    )
+
+
+@measures("ems", "planted-needles")
+def planted_needles(context: Context) -> Measurement:
+    """Needle tokens named after the cut, by cache and by depth, paired per passage."""
+
+    def run() -> dict[str, dict[str, list[float]]]:
+        from tokenry import kvcache
+
+        model, tokenizer = load_model("retriever", device=context.device)
+        config, budget, window = model.config, NEEDLE_BUDGET, NEEDLE_WINDOW
+        caches = {
+            "EMS": lambda: kvcache.EMSCache(config, budget, window),
+            "SnapKV": lambda: kvcache.SnapKVCache(config, budget, window, pool=7),
+            "local only": lambda: kvcache.SnapKVCache(config, budget, window),
+            "global only": lambda: kvcache.GlobalCache(config, budget, window),
+            "H2O": lambda: kvcache.H2OCache(config, budget, window),
+            "expected attention": lambda: kvcache.ExpectedAttentionCache(config, budget, window),
+            "TOVA": lambda: kvcache.TOVACache(config, budget, window),
+            "KeyDiff": lambda: kvcache.KeyDiffCache(config, budget, window),
+            "key norm": lambda: kvcache.KeyNormCache(config, budget, window),
+            "4 sinks + recent": lambda: kvcache.SinkCache(config, budget),
+            "sliding window": lambda: kvcache.SlidingWindowCache(config, budget),
+        }
+        found = kvcache.cache_fidelity(model, planted(tokenizer, context.seed), NEEDLE_CONTEXT, caches, batch_size=20)
+        shares = {name: found_per_passage(figures.correct) for name, figures in found.items()}
+        return {name: {"passages": each, "depths": depths} for name, (each, depths) in shares.items()}
+
+    found = context.session.step("needles", run)
+    means = {name: mean_interval(figures["passages"]) for name, figures in found.items()}
+    needed = ("sliding window", "4 sinks + recent")
+    gaps = {name: paired_interval(found["EMS"]["passages"], found[name]["passages"]) for name in needed}
+    value, spread = means["EMS"]
+    return Measurement(
+        shows=all(gap - half > 0 for gap, half in gaps.values()),
+        value=value,
+        baseline=means["sliding window"][0],
+        spread=spread,
+        sentence=(
+            f"needle tokens named with {NEEDLE_BUDGET} of {NEEDLE_CONTEXT} entries, {NEEDLE_PASSAGES} passages at five depths: "
+            + ", ".join(f"{name} {mean:.1f} %" for name, (mean, _) in means.items())
+            + "; EMS over "
+            + " and ".join(f"{name} {gap:+.1f} +- {half:.1f}" for name, (gap, half) in gaps.items())
+            + " points, paired (both must be above 0 with their 95 % intervals)"
+        ),
+        details={name: dict(zip(map(str, DEPTHS), figures["depths"], strict=True)) for name, figures in found.items()},
+        charts=(
+            {
+                "type": "bars",
+                "title": f"Needle tokens named, {NEEDLE_BUDGET} of {NEEDLE_CONTEXT} entries (%)",
+                "values": {name: mean for name, (mean, _) in means.items()},
+                "baseline": "EMS",
+                "caption": "Longer is better. Full: all of the cache.",
+            },
+        ),
     )

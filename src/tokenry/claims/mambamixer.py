@@ -10,7 +10,7 @@ from typing import Any
 from tokenry.claims.itransformer import HORIZONS, rounded, train
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.short_forecasts import MODELS, PAPER, SEED, frame_of, short_forecast
-from tokenry.claims.small_images import paired_difference, setting, train_networks
+from tokenry.claims.small_images import accuracy_chart, paired_difference, setting, train_networks
 
 SEEDS = 3
 PAPER_PARAMS = {"vim2_tiny": 20, "vim2_small": 43, "vim2_base": 74}
@@ -150,16 +150,6 @@ def tables(context: Context) -> Measurement:
     )
 
 
-def _accuracy_bars(found: dict[str, list[float]], baseline: str) -> dict[str, Any]:
-    return {
-        "type": "bars",
-        "title": "Test accuracy (%)",
-        "values": {name: round(statistics.mean(values), 2) for name, values in found.items()},
-        "spread": {name: statistics.stdev(values) for name, values in found.items()},
-        "baseline": baseline,
-    }
-
-
 @measures("mambamixer", "channel-mixer")
 def channel_mixer(context: Context) -> Measurement:
     """One small ViM2 with selective channel mixers and with MLPs of as many parameters."""
@@ -184,7 +174,7 @@ def channel_mixer(context: Context) -> Measurement:
         + ", ".join(f"{name} {value:.1f} % ({params[name]:,} parameters)" for name, value in means.items())
         + f"; selective over MLP {gain:+.1f} +- {error:.1f} points (must exceed two standard errors)",
         details={"accuracy": found, "parameters": params},
-        charts=(_accuracy_bars(found, "mlp"),),
+        charts=(accuracy_chart(found, "mlp"),),
     )
 
 
@@ -210,5 +200,5 @@ def averaging(context: Context) -> Measurement:
         f"{min(ours):.1f} % in the worst run (must be at least 20 %, twice chance), {statistics.mean(theirs):.1f} % with residual "
         f"connections; difference {gain:+.1f} +- {error:.1f} points (must not be two standard errors below zero)",
         details=found,
-        charts=(_accuracy_bars(found, "residual connections"),),
+        charts=(accuracy_chart(found, "residual connections"),),
     )

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenry.assets.embedded import external
 from tokenry.catalog.entries import Card, CardClaim, card
@@ -90,6 +90,23 @@ class Outcome:
     not_run: str = ""
     error: str = ""
 
+    @property
+    def state(self) -> Literal["shows", "does not show", "error", "not run"]:
+        """What became of it."""
+        if self.record is not None:
+            return "shows" if self.record.passed else "does not show"
+        return "error" if self.error else "not run"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and did not come out well."""
+        return self.state in ("does not show", "error")
+
+    @property
+    def sentence(self) -> str:
+        """The result, the error, or why it was not run."""
+        return self.record.sentence if self.record is not None else self.error or self.not_run
+
 
 Measure = Callable[[Context], Measurement]
 _MEASURES: dict[tuple[str, str], Measure] = {}
@@ -128,15 +145,18 @@ def verify(
     """Measure the claims of methods, one after the other.
 
     Args:
-        slugs: Methods; an unknown one is refused before anything runs.
+        slugs: Methods.
         claims: Only these claim ids. None: all.
         device: Torch device.
         seed: Seed.
-        folder: Where unfinished measurements keep their steps, so that they go on after a kill.
+        folder: Where unfinished measurements keep their steps, so that they go on after a kill. None keeps none.
         quiet: No progress bars.
 
     Yields:
         One ``Outcome`` per claim, as soon as it is known. A failing measurement is an outcome, not an exception.
+
+    Raises:
+        ValueError: An unknown method or claim, before anything runs.
     """
     chosen = [card(slug) for slug in slugs]
     wanted = None if claims is None else set(claims)

@@ -153,12 +153,11 @@ def speed_follows_layers(context: Context) -> Measurement:
         out = {}
         for name, schedule in schedules.items():
             ratios = [d / s for d, s in zip(timings["dense"].seconds, timings[name].seconds, strict=True)]
-            passes = layers + sum(schedule.counts(new)[: new - 1])  # the prompt's pass and one per token but the last
-            dense = layers * new
+            ran = schedule.max_layers + sum(schedule.counts(new)[: new - 1])  # the prompt, then each token but the last
             out[name] = {
                 "measured": statistics.median(ratios),
                 "all": [round(r, 3) for r in ratios],
-                "layers": round(dense / (passes - layers + schedule.max_layers), 3),
+                "layers": round(layers * new / ran, 3),
             }
         return out
 

@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context
+from tokenry.measure import standard_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,7 +95,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
         (3.0, 1.0)
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), standard_error(differences)
 
 
 def accuracy_chart(found: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Any]:

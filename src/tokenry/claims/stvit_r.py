@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import paired_difference, setting, train_networks
+from tokenry.claims.small_images import accuracy_chart, paired_difference, setting, train_networks
 
 if TYPE_CHECKING:
     import torch
@@ -163,15 +163,7 @@ def plain_accuracy(context: Context) -> Measurement:
         + ", ".join(f"{change:+.1f} +- {error:.1f} to {kind}" for kind, (change, error) in against.items())
         + " points (may lose 1 point and a standard error to all tokens, must gain more than that error on the others)",
         details={"accuracy": found, "macs_m": macs},
-        charts=(
-            {
-                "type": "bars",
-                "title": "Test accuracy (%)",
-                "values": {kind: round(mean, 2) for kind, mean in means.items()},
-                "spread": {kind: statistics.stdev(values) for kind, values in found.items()},
-                "baseline": "full",
-            },
-        ),
+        charts=(accuracy_chart(found, "full"),),
     )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tokenry.claims.registry import Context, Measurement, measures
-from tokenry.claims.small_images import count_against, paired_difference, setting, train_networks
+from tokenry.claims.small_images import accuracy_chart, count_against, paired_difference, setting, train_networks
 
 SEEDS = 3
 EPOCHS = 4
@@ -208,15 +208,7 @@ def patches_or_tokens(context: Context) -> Measurement:
         + f" (both must exceed 20 %, twice chance); T2T tokens over plain patches {difference:+.1f} +- {error:.1f} points, "
         "reported and not judged: the paper's gain is that of ImageNet at 224 pixels",
         details=found,
-        charts=(
-            {
-                "type": "bars",
-                "title": "Test accuracy (%)",
-                "values": {name: round(mean, 2) for name, mean in means.items()},
-                "spread": {name: statistics.stdev(values) for name, values in found.items()},
-                "baseline": "plain patches",
-            },
-        ),
+        charts=(accuracy_chart(found, "plain patches"),),
     )
 
 

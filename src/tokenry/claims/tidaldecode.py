@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import load_model
-from tokenry.claims.ems import passages
+from tokenry.claims.ems import NEEDLE_CONTEXT, NEEDLE_PASSAGES, found_per_passage, passages, planted
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.layers.cache_argument import CACHE
 from tokenry.measure import fit_exponent, interleave, mean_interval, paired_interval
@@ -134,6 +134,46 @@ def recall(context: Context) -> Measurement:
             "overlap of the layers' top-k": found["overlap"],
             "share of each layer's own top-k in the window": found["recent"],
         },
+    )
+
+
+@measures("tidaldecode", "planted-needles")
+def planted_needles(context: Context) -> Measurement:
+    """Needle tokens named while an eighth of the context is read in each step, paired per passage."""
+    budget = NEEDLE_CONTEXT // 8
+
+    def run() -> dict[str, dict[str, list[float]]]:
+        from tokenry.kvcache import OwnTopReading, RecentReading, read_sparsely, reading_fidelity, tidal
+
+        model, tokenizer = load_model("retriever", device=context.device)
+        full = frozenset(range(START + 1))
+        readings: dict[str, Callable[[], AbstractContextManager[object]]] = {
+            TIDAL: lambda: tidal(model, budget, START, -1),
+            OWN: lambda: read_sparsely(model, OwnTopReading(budget, full)),
+            WINDOW: lambda: read_sparsely(model, RecentReading(budget, full)),
+        }
+        tokens = planted(tokenizer, context.seed)
+        found = reading_fidelity(model, tokens, NEEDLE_CONTEXT, readings, batch_size=20)
+        shares = {name: found_per_passage(figures.correct) for name, figures in found.items()}
+        return {name: {"passages": each, "depths": depths} for name, (each, depths) in shares.items()}
+
+    found = context.session.step("needles", run)
+    means = {name: mean_interval(figures["passages"]) for name, figures in found.items()}
+    lost, lost_half = paired_interval(found["full"]["passages"], found[TIDAL]["passages"])
+    gain, gain_half = paired_interval(found[TIDAL]["passages"], found[WINDOW]["passages"])
+    value, spread = means[TIDAL]
+    return Measurement(
+        shows=lost - lost_half <= 0 and gain - gain_half > 0,
+        value=value,
+        baseline=means[WINDOW][0],
+        spread=spread,
+        sentence=(
+            f"needle tokens named with {budget} of {NEEDLE_CONTEXT} entries read, {NEEDLE_PASSAGES} passages at five depths: "
+            + ", ".join(f"{name} {mean:.1f} %" for name, (mean, _) in means.items())
+            + f"; paired, full attention over TidalDecode {lost:+.1f} +- {lost_half:.1f} points (must not be above 0 with its "
+            f"95 % interval), TidalDecode over a window {gain:+.1f} +- {gain_half:.1f} (must be)"
+        ),
+        details=dict(found),
     )
 
 

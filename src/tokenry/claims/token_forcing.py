@@ -215,9 +215,8 @@ def batched_scan(context: Context) -> Measurement:
     def run() -> dict[str, Any]:
         model, tokenizer = load_model("draft", device=context.device)
         vocabulary = len(tokenizer)
-        ids = list(range(2, vocabulary, vocabulary // ALONE))[
-            :ALONE
-        ]  # not the two special tokens, which generate stops at
+        # Not the two special tokens, which generate stops at.
+        ids = list(range(2, vocabulary, vocabulary // ALONE))[:ALONE]
         forcing = UnconditionalTokenForcing(model, tokenizer)
         full = UnconditionalTokenForcing(model, tokenizer, threshold=0.0)
         scores = {c.token_id: c.score for c in full.scan(ids, quiet=True).candidates}

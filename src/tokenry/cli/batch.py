@@ -24,6 +24,8 @@ from tokenry.cli.terminal import (
 
 __all__ = ["batch"]
 
+BEGIN = b'{"id": '  # of every line that is written
+
 
 @dataclass(frozen=True)
 class Request:
@@ -66,28 +68,37 @@ def read_request(number: int, text: str, tokenizer: Any, vocabulary: int, max_ne
         ids = entry["ids"]
         if not isinstance(ids, list) or any(type(token) is not int for token in ids):
             raise ValueError('"ids" must be a list of whole numbers')
-        wrong = [token for token in ids if not 0 <= token < vocabulary]
-        if wrong:
-            raise ValueError(f"token {wrong[0]} is not in the vocabulary of {vocabulary:,}")
     if not ids:
         raise ValueError("the prompt has no tokens")
+    wrong = [token for token in ids if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(f"token {wrong[0]} is not in the model's vocabulary of {vocabulary:,}")
     return Request(number, name, ids, new)
 
 
 def finished(out: Path) -> set[str | int]:
-    """Ids that are in the output already; cuts off a last line that a killed run left incomplete."""
+    """Ids that are in the output already; cuts off a last line that a killed run left incomplete.
+
+    Raises:
+        ValueError: The file holds something else, which is left as it is.
+    """
     if not out.exists():
         return set()
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file in it, for example {out / 'answers.jsonl'}")
     data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        out.write_bytes(whole)
+    whole = data.rfind(b"\n") + 1
+    half = data[whole:]
     try:
-        return {json.loads(line)["id"] for line in whole.decode("utf-8").splitlines()}
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        ids = {json.loads(line)["id"] for line in data[:whole].decode("utf-8").splitlines()}
+        if not half.startswith(BEGIN) and not BEGIN.startswith(half):
+            raise ValueError(f"its last line begins with {half[:20]!r}")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--out {out} exists and holds something else ({error}); name another file") from error
+    if half:
+        with out.open("r+b") as file:
+            file.truncate(whole)
+    return ids
 
 
 def batch(
@@ -116,6 +127,8 @@ def batch(
     check_device(device)
     check_dtype(dtype)
     limit = None if memory is None else parse_memory(memory)
+    if out.resolve() == requests.resolve():
+        raise ValueError(f"--out {out} is the file of the requests; name another")
     done = finished(out)
     lines = requests.read_bytes().splitlines()
     if not any(line.strip() for line in lines):

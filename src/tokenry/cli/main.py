@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
@@ -19,6 +21,9 @@ from tokenry.cli.detect import detect
 from tokenry.cli.mixture import mixture
 from tokenry.cli.terminal import AsJson, Device, Dtype, aside, check_device, check_dtype, console, print_json
 from tokenry.cli.upscale import upscale
+
+if TYPE_CHECKING:
+    from tokenry.compare import Result
 
 __all__ = ["app", "run"]
 
@@ -72,7 +77,7 @@ def list_methods(
         return
     table = Table("method", "family", "what it does", title=f"{len(found)} methods")
     for card in found:
-        table.add_row(f"[bold]{card.slug}[/]", card.family, card.does)
+        table.add_row(f"[bold]{card.slug}[/]", card.family, escape(card.does))
     console.print(table)
 
 
@@ -87,14 +92,14 @@ def search(
 
     hits = find(" ".join(query), limit)
     if as_json:
-        print_json([hit.__dict__ for hit in hits])
+        print_json([asdict(hit) for hit in hits])
         return
     if not hits:
         console.print("Nothing fits. [bold]tokenry list[/] shows all methods.")
         raise typer.Exit(1)
     table = Table("method", "what it does", "score")
     for hit in hits:
-        table.add_row(f"[bold]{hit.slug}[/]", hit.does, f"{hit.score:.1f}")
+        table.add_row(f"[bold]{hit.slug}[/]", escape(hit.does), f"{hit.score:.1f}")
     console.print(table)
 
 
@@ -109,27 +114,23 @@ def show(
     found = card(slug)
     records = [record for record in all_records() if record.slug == slug]
     if as_json:
-        print_json({"card": found.model_dump(), "evidence": [json.loads(r.model_dump_json()) for r in records]})
+        print_json({"card": found.model_dump(), "evidence": [record.model_dump(mode="json") for record in records]})
         return
-    console.print(Panel(found.does, title=f"[bold]{found.title}[/]", subtitle=found.entry_point))
-    console.print(f"[bold]Use it when[/] {found.use_when}\n[bold]Not when[/] {found.not_when}\n")
+    console.print(Panel(escape(found.does), title=f"[bold]{escape(found.title)}[/]", subtitle=found.entry_point))
+    console.print(f"[bold]Use it when[/] {escape(found.use_when)}\n[bold]Not when[/] {escape(found.not_when)}\n")
     code = Syntax("", "python", background_color="default").highlight(found.snippet.strip())
     console.print(code, soft_wrap=True)  # lines stay whole, so that they can be copied
     table = Table("claim", "paper", "here", "shows", title="Claims")
     measured = {record.id: record for record in records if record.check in ("claim", "behaviour")}
     for claim in found.claims:
-        record = measured.get(claim.id)
-        here = (
-            _figure(record.value, record.unit)
-            if record
-            else f"not measured{': ' + claim.why_not if claim.why_not else ''}"
-        )
-        shows = "" if record is None else "[green]yes[/]" if record.passed else "[red]no[/]"
-        table.add_row(claim.statement, _figure(claim.paper, claim.unit), here, shows)
+        if record := measured.get(claim.id):
+            here, shows = _figure(record.value, record.unit), "[green]yes[/]" if record.passed else "[red]no[/]"
+        else:
+            here, shows = f"not measured: {claim.why_not or 'tokenry verify ' + slug}", ""
+        table.add_row(escape(claim.statement), escape(_figure(claim.paper, claim.unit)), escape(here), shows)
     console.print(table)
-    console.print(
-        f"{', '.join(found.authors[:4])}{' et al.' if len(found.authors) > 4 else ''} ({found.year}): {found.paper}. {found.link}"
-    )
+    authors = ", ".join(found.authors[:4]) + (" et al." if len(found.authors) > 4 else "")
+    console.print(f"{authors} ({found.year}): {found.paper}. {found.link}", markup=False)
 
 
 def _figure(value: float | None, unit: str = "") -> str:
@@ -157,7 +158,7 @@ def compare(
         typer.Option(help="Names, separated by commas; a wrong one lists all. The baseline is always added."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the run; the same call goes on where a killed one stopped.")
+        Path, typer.Option(help="Folder for the runs and their page; the same call goes on where a killed one stopped.")
     ] = Path("comparison"),
     repeats: Annotated[int, typer.Option(help="Timed turns of each method.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
@@ -173,8 +174,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods side by side on your own model and data."""
+    from tokenry.compare import KINDS, comparison
     from tokenry.compare import compare as run_comparison
-    from tokenry.compare import comparison
 
     check_device(device)
     check_dtype(dtype)
@@ -198,12 +199,36 @@ def compare(
     from tokenry.report import build_report, print_result
 
     print_result(result, console)
-    console.print(f"report: [bold]{build_report(out, [result])}[/]")
+    _say_where(build_report(out, _results([file for other in KINDS if (file := out / other / "result.json").exists()])))
+
+
+def _results(files: list[Path]) -> list[Result]:
+    """Finished comparisons.
+
+    Raises:
+        ValueError: A file holds something else.
+    """
+    from pydantic import ValidationError
+
+    from tokenry.compare import Result
+
+    found = []
+    for file in files:
+        try:
+            found.append(Result.model_validate_json(file.read_bytes()))
+        except ValidationError as error:
+            raise ValueError(f"{file} is no result of `tokenry compare`: {error.errors()[0]['msg']}") from error
+    return found
+
+
+def _say_where(page: Path) -> None:
+    """The path of a report, on one line so that it can be copied."""
+    console.print(f"report: [bold]{escape(str(page))}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def verify(
-    slugs: Annotated[list[str] | None, typer.Argument(help="Methods. None: all.")] = None,
+    slugs: Annotated[list[str] | None, typer.Argument(help="Methods; all where none is named.")] = None,
     claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     out: Annotated[
@@ -232,36 +257,32 @@ def verify(
         if outcome.record is not None and record != "none":
             kept = (save_project if record == "project" else save_user)([outcome.record])
         if not as_json:
-            state = (
-                "[yellow]not run[/]" if outcome.not_run
-                else "[red]error[/]" if outcome.error
-                else "[green]shows[/]" if outcome.record and outcome.record.passed
-                else "[red]does not show[/]"
-            )  # fmt: skip
-            console.print(f"[bold]{outcome.slug}[/] {outcome.claim.id}: {state}")
-            said = outcome.not_run or outcome.error or (outcome.record.sentence if outcome.record else "")
-            console.print(f"  paper: {outcome.claim.statement}\n  here:  {said}", highlight=False, markup=False)
-    failed = [o for o in outcomes if o.error or (o.record is not None and not o.record.passed)]
+            colour = "red" if outcome.failed else "yellow" if outcome.not_run else "green"
+            console.print(f"[bold]{outcome.slug}[/] {outcome.claim.id}: [{colour}]{outcome.state}[/]")
+            console.print(
+                f"  paper: {outcome.claim.statement}\n  here:  {outcome.sentence}", highlight=False, markup=False
+            )
     if as_json:
         print_json(
             [
                 {
-                    "slug": o.slug, "claim": o.claim.id, "paper": o.claim.paper, "unit": o.claim.unit,
-                    "state": "not run" if o.not_run else "error" if o.error else "shows" if o.record and o.record.passed else "does not show",
-                    "why": o.not_run or o.error, "record": o.record and json.loads(o.record.model_dump_json()),
+                    "slug": o.slug, "claim": o.claim.id, "paper": o.claim.paper, "unit": o.claim.unit, "state": o.state,
+                    "why": o.not_run or o.error, "record": o.record and o.record.model_dump(mode="json"),
                 }
                 for o in outcomes
             ]
         )  # fmt: skip
     else:
-        ran = sum(o.record is not None for o in outcomes)
-        console.print(f"{ran - sum(o.record is not None for o in failed)} of {ran} claims that ran show; "
-                      f"{sum(bool(o.not_run) for o in outcomes)} could not be run here, {sum(bool(o.error) for o in outcomes)} failed with an error")  # fmt: skip
+        count = Counter(outcome.state for outcome in outcomes)
+        console.print(
+            f"{count['shows']} of {count['shows'] + count['does not show']} claims that ran show; "
+            f"{count['not run']} could not be run here, {count['error']} failed with an error"
+        )
         if kept is not None:
             console.print(
                 f"recorded in {kept}, which `tokenry status` and `tokenry show` read", markup=False, highlight=False
             )
-    if failed:
+    if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -280,11 +301,11 @@ def status(as_json: AsJson = False) -> None:
         row: dict[str, Any] = {"slug": card.slug}
         for check in CHECKS:
             mine = [r for r in records if r.slug == card.slug and r.check == check]
-            runnable = [c for c in card.claims if c.kind == check and c.runs == "cpu"]
+            runnable = {c.id for c in card.claims if c.kind == check and c.runs == "cpu"}
             row[check] = {
                 "passed": sum(r.passed for r in mine),
                 "run": len(mine),
-                "missing": max(0, len(runnable) - len({r.id for r in mine}))
+                "missing": len(runnable - {r.id for r in mine})
                 if check in ("claim", "behaviour")
                 else int(not mine and (check != "speed" or card.reference.may_be_run)),
                 "unchecked": sum(c.kind == check and c.runs != "cpu" for c in card.claims),
@@ -323,16 +344,15 @@ def report(
     ] = None,
 ) -> None:
     """Build the page from all cards, all evidence and the given comparisons."""
-    from tokenry.compare.run import Result
     from tokenry.report import build_report
 
-    results = []
+    results: list[Result] = []
     for folder in runs or []:
         files = sorted(folder.rglob("result.json"))
         if not files:
             raise ValueError(f"{folder} holds no result.json: give the --out folder of a `tokenry compare` run")
-        results += [Result.model_validate_json(file.read_text("utf-8")) for file in files]
-    console.print(f"report: [bold]{build_report(out, results)}[/]")
+        results += _results(files)
+    _say_where(build_report(out, results))
 
 
 @app.command()
@@ -354,7 +374,7 @@ def demo(
         results.append(result)
         print_result(result, console)
     console.print(f"\n[bold]{len(results)} comparisons[/] in {sum(r.seconds for r in results):.0f} s of computing")
-    console.print(f"report: [bold]{build_report(out, results)}[/]")
+    _say_where(build_report(out, results))
 
 
 for command in (detect, batch, upscale, mixture, audit):  # after the others, as they shall stand in the help

@@ -29,6 +29,11 @@ class Column(BaseModel):
     better: Literal["higher", "lower"] | None = None
     digits: int = 3
 
+    @property
+    def heading(self) -> str:
+        """The title with its unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
 
 class Plot(BaseModel):
     """A picture of the rows: one point or bar per method. ``x`` None draws bars of ``y``."""
@@ -59,7 +64,7 @@ class Outcome(BaseModel):
 
     Attributes:
         rows: One per method: ``method`` (name shown), optionally ``slug`` (its card), and a value per column.
-            A value may be None (not measured); ``<key>_spread`` is shown behind it.
+            A value may be None (not measured); ``<key>_spread`` is shown behind it, as ``value ± spread``.
         sweeps: Growth of cost.
         notes: What a reader must know to read the table rightly: shortened runs, refusals, losses.
         examples: Small things worth seeing, for example generated text: title to text.

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot
 from tokenry.measure.machine import Machine, describe_machine, package_versions
 from tokenry.measure.session import Session
+from tokenry.measure.whole_file import whole_file
 
 __all__ = ["KINDS", "Result", "compare", "comparison"]
 
@@ -113,5 +114,6 @@ def compare(kind: str, *, out: Path | str | None = None, quiet: bool = False, **
         seconds=round(time.perf_counter() - began, 1),
     )
     if out is not None:
-        (Path(out) / "result.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
+        with whole_file(Path(out) / "result.json") as unfinished:
+            unfinished.write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
     return result

@@ -28,10 +28,11 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from tokenry.decoding.batching.packed_attention import PackedAttention, PackedPass, SlotPool
 from tokenry.decoding.batching.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
 from tokenry.decoding.batching.token_batching import BatchStats, Piece, TokenBatcher
+from tokenry.decoding.engine.decoder_blocks import learned_positions
 from tokenry.decoding.engine.stopping import RowStopping
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 __all__ = ["batch_generate", "parse_memory"]
 
@@ -221,13 +222,6 @@ class _Rules:
             return False
         ids = torch.tensor([text], device=self.device)
         return any(bool(c(ids, None).any()) for c in [*rule.others, *rule.timed])
-
-
-def learned_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has a learned embedding for; None where positions are computed, for any length."""
-    config = config.get_text_config(decoder=True)
-    computed = getattr(config, "rope_parameters", None) is not None
-    return None if computed else getattr(config, "max_position_embeddings", None)
 
 
 def _check(model: Any, texts: list[list[int]], most: Sequence[int], generation: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from tokenry.decoding.engine.loop import check_decoding, commit, start_decoding
 from tokenry.decoding.engine.output import KeptScores
 from tokenry.decoding.engine.state import DecodingState, Proposal
 from tokenry.decoding.engine.statistics import DecodingStats
-from tokenry.decoding.engine.stopping import RowStopping
+from tokenry.decoding.engine.stopping import NO_LIMIT, RowStopping
 from tokenry.decoding.engine.strategy import DraftStrategy
 from tokenry.layers.cache_argument import CACHE
 
@@ -87,7 +87,7 @@ class DraftModelDecoding(DraftStrategy):
         config = GenerationConfig(do_sample=False, pad_token_id=state.pad)
         check_decoding(self.draft_model, ids, config, given)
         self._draft, pending, mask = start_decoding(
-            self.draft_model, ids, LogitsProcessorList(), config, 1 << 40, given
+            self.draft_model, ids, LogitsProcessorList(), config, NO_LIMIT, given
         )
         self._stopping, self._kept = RowStopping(StoppingCriteriaList()), KeptScores(config)
         self._offset = self._draft.position - state.position  # a handed-over cache may hold what the draft has not read
@@ -99,7 +99,7 @@ class DraftModelDecoding(DraftStrategy):
         """Let the draft model write on from what the target has accepted."""
         tokens = min(self.draft_tokens, state.remaining - 1)
         if tokens == 0:
-            return Proposal(DraftTree.chain(0).to(state.device), state.root)
+            return Proposal.plain(state)
         draft = self._rewound(state)
         nothing = draft.root[:, :0]
         while not all(draft.finished):
@@ -139,4 +139,4 @@ class _Plain(DraftStrategy):
     """One token after the other."""
 
     def propose(self, state: DecodingState) -> Proposal:
-        return Proposal(DraftTree.chain(0).to(state.device), state.root)
+        return Proposal.plain(state)

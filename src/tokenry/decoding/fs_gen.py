@@ -24,7 +24,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,6 +34,7 @@ from tokenry.decoding.collaboration import CollaborationTrace
 from tokenry.decoding.collaboration_router import Router
 from tokenry.decoding.engine.decoder_blocks import output_size
 from tokenry.decoding.engine.draft_tree import DraftTree
+from tokenry.decoding.engine.loop import check_reach
 from tokenry.decoding.engine.output import DecodingOutput
 from tokenry.decoding.engine.passes import Passes
 from tokenry.decoding.engine.row_reader import RowReader, check_reader
@@ -244,6 +244,8 @@ class Collaboration(DraftStrategy):
         start = None if state.start is None else state.start.tolist()
         if start is not None and max(start) >= state.prompt_length:
             raise ValueError(f"row {start.index(max(start))} of the prompt is all padding; give it at least one token")
+        for model in models.values():
+            check_reach(model, state)
         if state.model.num_parameters() > self.large_model.num_parameters():
             warnings.warn(
                 "the model that generate is called on proposes and is meant to be the small one, but it has "
@@ -290,12 +292,11 @@ class Collaboration(DraftStrategy):
                 torch.stack(judged, 1),
             )
         )
-        tree = _chain(depth).to(state.device)
         if not depth:
-            return Proposal(tree, state.root)
+            return Proposal.plain(state)
         tokens = torch.cat([state.root, self._steps[-1].choices], 1)  # (B, 1 + K)
         drafted = torch.tensor(routed, device=state.device)[:, None].expand_as(tokens)
-        return Proposal(tree, tokens, candidates=drafted)
+        return Proposal(DraftTree.chain(depth).to(state.device), tokens, candidates=drafted)
 
     def decide(self, state: DecodingState, proposal: Proposal) -> Tensor:
         """Logits ``(B, T, V)``: fused where the large model is asked, the small model's own at the root elsewhere."""
@@ -352,11 +353,6 @@ class Collaboration(DraftStrategy):
         best = probabilities.topk(min(max(self.top_k, 2), probabilities.shape[-1]), -1).values
         entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
         return torch.cat([best[:, :1], best[:, :1] - best[:, 1:2], entropy, best[:, : self.top_k]], -1)
-
-
-@cache
-def _chain(length: int) -> DraftTree:
-    return DraftTree.chain(length)
 
 
 def _trace(

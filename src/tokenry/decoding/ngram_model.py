@@ -71,9 +71,7 @@ class NGramModel:
                 f"token ids must be 0 to {vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}; the documents were "
                 "encoded with another tokenizer"
             )
-        left = np.concatenate(
-            [np.arange(len(piece), 0, -1) for piece in pieces]
-        )  # tokens from here to the document's end
+        left = np.concatenate([np.arange(len(piece), 0, -1) for piece in pieces])  # tokens up to the document's end
         keys, counts, totals = [], [], []
         context, contexts = ids, vocab_size  # id of the context that starts at each position
         for length in range(1, orders + 1):

@@ -185,7 +185,7 @@ class ParallelPrompts(nn.Module):
             The loss of every step.
 
         Raises:
-            ValueError: There is nothing to train or no text.
+            ValueError: There is nothing to train, no text, or the checkpoint is of prompts of another shape.
         """
         rows = self._rows(model, data)
         optimizer = torch.optim.AdamW([self.embeddings], lr=lr, weight_decay=0.0)
@@ -193,6 +193,11 @@ class ParallelPrompts(nn.Module):
         file = Path(checkpoint) if checkpoint is not None else None
         if file is not None and file.exists():
             stored = torch.load(file, weights_only=True)
+            if stored["embeddings"].shape != self.embeddings.shape:
+                raise ValueError(
+                    f"{file} holds a run with embeddings {tuple(stored['embeddings'].shape)}, these are "
+                    f"{tuple(self.embeddings.shape)}; name another checkpoint file"
+                )
             self.embeddings.data.copy_(stored["embeddings"])
             optimizer.load_state_dict(stored["optimizer"])
             losses = stored["losses"]

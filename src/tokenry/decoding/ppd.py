@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenry.decoding.engine.acceptance import Accepted
-from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.decoding.engine.latency import pass_latency
 from tokenry.decoding.engine.state import DecodingState, Proposal
 from tokenry.decoding.engine.strategy import DraftStrategy
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["ParallelPromptDecoding"]
-
-_ROOT = DraftTree.chain(0)
 
 
 class ParallelPromptDecoding(DraftStrategy):
@@ -120,7 +117,7 @@ class ParallelPromptDecoding(DraftStrategy):
         trees = self._choose(state)
         if trees is None or state.remaining == 1:
             self._forget(state.batch_size)
-            return Proposal(_ROOT.to(state.device), state.root)
+            return Proposal.plain(state)
         at_hand = {min(d, len(trees)) for d, done in zip(self._states, state.finished, strict=True) if not done}
         key = (self._plan, tuple(sorted(at_hand)), state.device)
         if key not in self._trees:

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from tokenry.assets import model_path
 from tokenry.decoding.engine.acceptance import Accepted
-from tokenry.decoding.engine.decoder_blocks import decoder_blocks, output_size
+from tokenry.decoding.engine.decoder_blocks import decoder_blocks, learned_positions, output_size
 from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.decoding.engine.row_reader import check_reader
 from tokenry.decoding.engine.state import DecodingState, Proposal
@@ -256,25 +256,22 @@ class SortedSpeculative(DraftStrategy):
     def begin(self, state: DecodingState) -> None:
         """Check the draft against the target and make an empty run of it."""
         self.exits_used, self.draft_layers, self.draft_layer_tokens = [], 0, 0
-        self._last_slot: int | None = None
+        self._positions: int | None = None
         if self.draft_tokens is None:
             return
         model = self.draft.model
         check_pair(model, state.model)
         start = None if state.start is None else (state.start - state.before).clamp_min(0)
         self._run = NestedRun(model, [exit_ for exit_, _ in self.tested], state.batch_size, start)
-        config = model.config.get_text_config(decoder=True)
-        # A learned position table ends; behind its end the draft has nothing to say.
-        if getattr(config, "rope_parameters", None) is None:
-            self._last_slot = config.max_position_embeddings
+        self._positions = learned_positions(model.config)
 
     def propose(self, state: DecodingState) -> Proposal:
         """Draft token after token, each as deep as it needs."""
         run, count = self._run, min(self.draft_tokens or 0, state.remaining - 1)
-        if self._last_slot is not None:
-            count = min(count, self._last_slot - max(state.lengths) + 1)
+        if self._positions is not None:  # behind the end of its table the draft has nothing to say
+            count = min(count, self._positions - max(state.lengths) + 1)
         if run is None or count < 1:
-            return Proposal(_ROOT.to(state.device), state.root)
+            return Proposal.plain(state)
         lengths = list(state.lengths)
         run.reserve(max(lengths) + count)
         run.load(state.ids.to(run.device), lengths)
@@ -344,9 +341,6 @@ class SortedSpeculative(DraftStrategy):
         if self._run is None:
             raise RuntimeError("the strategy was used before begin()")
         return self._run
-
-
-_ROOT = DraftTree.chain(0)
 
 
 def _checked_exits(exits: Sequence[int], depth: int) -> tuple[int, ...]:

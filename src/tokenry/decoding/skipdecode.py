@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,8 @@ class SkipSchedule:
         max_layers: Layers of the prompt and of the first generated position.
         min_layers: Layers of the last one.
         warmup: Layers at the bottom that always run, ``w >= 1``: the cache counts its tokens in layer 0.
-        counts_given: Own counts, one per generated position, never growing, instead of the line from max to min.
+        counts_given: Own counts, one per generated position, never growing, from max to min, instead of the line
+            between them (``from_counts``).
 
     Raises:
         ValueError: The numbers do not make a schedule; the message names the offending one.
@@ -68,23 +70,31 @@ class SkipSchedule:
             )
         if self.min_layers > self.max_layers:
             raise ValueError(f"min_layers={self.min_layers} is larger than max_layers={self.max_layers}")
+        given = self.counts_given
+        if given is None:
+            return
+        for j, (before, count) in enumerate(pairwise(given), 1):
+            if count > before:
+                raise ValueError(
+                    f"counts[{j}]={count} is larger than counts[{j - 1}]={before}: later positions may not run more layers, "
+                    "they would find no keys there"
+                )
+        if given[:1] + given[-1:] != (self.max_layers, self.min_layers):
+            raise ValueError(
+                f"the counts must fall from max_layers={self.max_layers} to min_layers={self.min_layers}, got {given}; "
+                "SkipSchedule.from_counts takes both from the counts"
+            )
 
     @classmethod
     def from_counts(cls, counts: Sequence[int], warmup: int = 1) -> SkipSchedule:
         """A schedule given position by position.
 
         Raises:
-            ValueError: A count is larger than the one before it; its index is named.
+            ValueError: There is none, or one is larger than the one before it; its index is named.
         """
         given = tuple(int(n) for n in counts)
         if not given:
             raise ValueError("a schedule needs the count of at least one position, got none")
-        for j in range(1, len(given)):
-            if given[j] > given[j - 1]:
-                raise ValueError(
-                    f"counts[{j}]={given[j]} is larger than counts[{j - 1}]={given[j - 1]}: later positions may not run more "
-                    "layers, they would find no keys there"
-                )
         return cls(given[0], given[-1], warmup, given)
 
     @classmethod

@@ -28,6 +28,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import ModelOutput
 
+from tokenry.decoding.engine.decoder_blocks import check_positions
 from tokenry.decoding.engine.statistics import DecodingStats
 from tokenry.decoding.engine.stopping import RowStopping
 from tokenry.decoding.ngram_model import NGramModel
@@ -156,7 +157,8 @@ class SuperposedDecoding:
         keeps = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         feed: dict[str, Tensor] = {"input_ids": input_ids}
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        steps = min(stopping.max_length, 1 << 30) - width
+        steps = stopping.max_length - width
+        check_positions(model, int(positions.max()) + 1, steps)
         self.stats = DecodingStats()
         for step in range(steps):
             out = model(**feed, attention_mask=mask, position_ids=positions, **{CACHE: cache}, use_cache=True, **keeps)
@@ -187,6 +189,8 @@ class SuperposedDecoding:
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder; superposed decoding needs a decoder-only model"
             )
+        if input_ids.shape[0] == 0:
+            raise ValueError("the batch is empty: give at least one prompt")
         if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
             raise ValueError("superposed decoding needs the prompt as input_ids with at least one token")
         if config.do_sample:
@@ -209,8 +213,8 @@ class SuperposedDecoding:
 
     def _candidates(self, logits: Tensor, drafts: _Drafts, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The step's tokens ``(B, n)`` and their log-scores under every draft ``(B, k, n)``."""
-        kept = (logits / self.temperature).softmax(-1).topk(self.top_tokens)
-        log_p = (kept.values / kept.values.sum(-1, keepdim=True)).log()[:, None]  # (B, 1, n)
+        kept = (logits / self.temperature).topk(self.top_tokens)
+        log_p = kept.values.log_softmax(-1)[:, None]  # (B, 1, n); a softmax of the vocabulary first would underflow
         if self.ngrams is None:
             return kept.indices, log_p.expand(-1, self.num_drafts, -1)
         longest = len(self.lambdas)
@@ -274,10 +278,10 @@ class _Drafts:
 
     def output(self) -> SuperposedOutput:
         """Everything found, the k best by perplexity first."""
-        missing = torch.nn.functional.pad(
+        ended = torch.nn.functional.pad(
             self.finished, (0, self.alive.shape[2] - self.finished.shape[2]), value=self.pad
         )
-        finished = missing.masked_fill((self.finished_scores == -torch.inf)[..., None], self.pad)
+        finished = ended.masked_fill((self.finished_scores == -torch.inf)[..., None], self.pad)
         scores, ids = torch.cat([self.scores, self.finished_scores], 1), torch.cat([self.alive, finished], 1)
         tokens = torch.cat([torch.full_like(self.scores, max(self.new_tokens, 1)), self.finished_tokens], 1)
         perplexity = (-scores / tokens).exp()

@@ -67,6 +67,9 @@ class TokenRecyclingMatrix:
         device: Where the table lives; a run moves it to the model.
         dtype: ``torch.int64`` (paper) or ``torch.int32``, half the memory.
 
+    Raises:
+        ValueError: ``k`` is not between 1 and the vocabulary, or another dtype.
+
     Example:
         >>> TokenRecyclingMatrix(32_000).nbytes
         2048000
@@ -266,8 +269,8 @@ class TokenRecycling(DraftStrategy):
     def propose(self, state: DecodingState) -> Proposal:
         """Fill the tree level by level: one lookup each."""
         if state.remaining == 1:
-            tree = _ROOT.to(state.device)
-        elif self._auto:
+            return Proposal.plain(state)
+        if self._auto:
             sizes = self._sizes[state.batch_size]
             now = time.perf_counter()
             if len(state.stats.nodes) > 1:  # the first pass brings the prompt along
@@ -277,7 +280,7 @@ class TokenRecycling(DraftStrategy):
         else:
             tree = self.tree.to(state.device)
         if tree.size == 1:
-            return Proposal(tree, state.root)
+            return Proposal.plain(state)
         tokens = state.root.expand(-1, tree.size).clone()  # (B, T)
         for begin, end in tree.levels[1:]:
             above = tokens[:, tree.parent[begin:end]]
@@ -307,9 +310,6 @@ class TokenRecycling(DraftStrategy):
         if self.matrix is None:
             raise RuntimeError("the strategy was used before begin()")
         return self.matrix
-
-
-_ROOT = DraftTree.chain(0)
 
 
 def by_use(paths: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

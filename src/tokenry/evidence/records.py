@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import platformdirs
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from tokenry.measure.machine import Machine, describe_machine, package_versions
 from tokenry.measure.whole_file import whole_file
@@ -116,12 +116,21 @@ def save_user(records: Iterable[Record]) -> Path:
 
 
 def user_records() -> list[Record]:
-    """The user's own records; empty when none were made."""
+    """The user's own records; empty when none were made.
+
+    Raises:
+        ValueError: The file is no database of records.
+    """
     path = _database()
     if not path.exists():
         return []
-    with closing(sqlite3.connect(path)) as connection:
-        return [Record.model_validate_json(body) for (body,) in connection.execute("SELECT body FROM record")]
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            return [Record.model_validate_json(body) for (body,) in connection.execute("SELECT body FROM record")]
+    except (sqlite3.Error, ValidationError) as error:
+        raise ValueError(
+            f"{path} holds no records that can be read ({error}); move it away, or name another file in TOKENRY_EVIDENCE"
+        ) from error
 
 
 def all_records() -> list[Record]:

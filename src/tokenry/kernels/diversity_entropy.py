@@ -22,6 +22,7 @@ __all__ = ["diversity_entropy", "multiscale_diversity_entropy"]
 
 SMALLEST_NORM = 1e-8
 OUTSIDE = -1
+NO_PAIR = 2.0  # in place of a cosine where no pair of orbits is
 
 
 def _neighbour_cosines(y: Tensor, embed_size: int, out: Tensor) -> None:
@@ -39,11 +40,15 @@ def _neighbour_cosines(y: Tensor, embed_size: int, out: Tensor) -> None:
 
 
 def _bin_numbers(cosine: Tensor, bins: Tensor) -> Tensor:
-    """Bin of every cosine, int32; ``OUTSIDE`` for what rounding lifted out of [-1, 1], which is not counted."""
+    """Bin of every cosine, int32; ``OUTSIDE`` where there is none (``NO_PAIR``).
+
+    A cosine that rounding lifted above 1 counts as 1. Whether that happens depends on the processor (some square roots
+    are off by one unit in the last place), so dropping it, as a histogram over [-1, 1] does, would make scores depend on
+    the machine.
+    """
     bins = bins.unsqueeze(-1)
-    outside = cosine.abs() > 1
-    number = torch.minimum((cosine + 1) / 2 * bins, bins - 0.5).to(torch.int32)  # the right edge is in the last bin
-    return number.masked_fill_(outside, OUTSIDE)
+    number = ((cosine.clamp(min=-1) + 1) / 2 * bins).minimum(bins - 0.5).to(torch.int32)  # right edge: the last bin
+    return number.masked_fill_(cosine == NO_PAIR, OUTSIDE)
 
 
 def _sorted(numbers: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def multiscale_diversity_entropy(
         )
     if y.dtype not in (torch.float32, torch.float64):
         y = y.float()
-    cosine = y.new_full((scales, *shape, n - embed_size), 2.0)  # 2: no orbit pair here
+    cosine = y.new_full((scales, *shape, n - embed_size), NO_PAIR)
     total = y
     for scale in range(1, scales + 1):
         if scale > 1:
@@ -121,7 +126,7 @@ def multiscale_diversity_entropy(
     if shortest < n:
         place = torch.arange(n - embed_size, device=y.device)
         scale = torch.arange(1, scales + 1, device=y.device).view(-1, *[1] * len(shape))
-        cosine.masked_fill_(place >= (lengths - scale + 1 - embed_size).unsqueeze(-1), 2.0)
+        cosine.masked_fill_(place >= (lengths - scale + 1 - embed_size).unsqueeze(-1), NO_PAIR)
     bins = bins.unsqueeze(0).expand(scales, *shape)
     return _entropy_of_numbers(_bin_numbers(cosine, bins), bins).movedim(0, -1)
 

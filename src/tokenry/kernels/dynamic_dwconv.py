@@ -59,8 +59,7 @@ def dynamic_dwconv(
         )
     rows, columns = (padding, padding) if isinstance(padding, int) else padding
     # With the zeros laid around the map once, every tap covers the whole output: long runs of memory instead of cut rows.
-    values = F.pad(x.contiguous(), (columns, columns, rows, rows)).unflatten(
-        1, (groups, -1)
-    )  # (B, G, C/G, H + 2p, W + 2p)
+    padded = F.pad(x.contiguous(), (columns, columns, rows, rows))
+    values = padded.unflatten(1, (groups, -1))  # (B, G, C/G, H + 2p, W + 2p)
     kernels = weight.flatten(2, 3).contiguous()  # (B, G, kh kw, H', W')
     return window_sum(kernels, values, kernel, stride=stride, dilation=dilation, padding=0).flatten(1, 2)

@@ -226,11 +226,8 @@ def _window(
     dilation: int | Pair = 1,
     padding: int | Pair | None = None,
 ) -> Window:
-    kernel, step, wide = (
-        _pair(kernel_size, "kernel_size", 1),
-        _pair(stride, "stride", 1),
-        _pair(dilation, "dilation", 1),
-    )
+    kernel = _pair(kernel_size, "kernel_size", 1)
+    step, wide = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     reach = wide[0] * (kernel[0] - 1), wide[1] * (kernel[1] - 1)
     if padding is not None:
         return Window(kernel, step, wide, _pair(padding, "padding", 0))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ class Fidelity:
         divergence: Mean KL from the full cache's next-token distribution, in nats.
         agreement: Share of tokens where both find the same word most likely.
         loss: Mean negative log likelihood of the true text, in nats per token.
+        correct: Share of tokens where the true one is found most likely.
     """
 
     divergence: Tensor
     agreement: Tensor
     loss: Tensor
+    correct: Tensor
 
 
 @torch.inference_mode()
@@ -148,10 +150,11 @@ def _check(tokens: Tensor, context: int) -> None:
 def _fidelity(expected: Tensor, found: Tensor, truth: Tensor) -> Fidelity:
     """Figures of some passages from log probabilities ``[b, T - 1, V]`` and the tokens that follow ``[b, T - 1]``."""
     kl = (expected.exp() * (expected - found)).sum(-1)
-    same = expected.argmax(-1) == found.argmax(-1)
+    first = found.argmax(-1)
     loss = -found.gather(-1, truth[..., None])[..., 0]
-    return Fidelity(*(x.double().mean(1).cpu() for x in (kl, same, loss)))
+    figures = kl, expected.argmax(-1) == first, loss, first == truth
+    return Fidelity(*(x.double().mean(1).cpu() for x in figures))
 
 
 def _join(parts: list[Fidelity]) -> Fidelity:
-    return Fidelity(*(torch.cat([getattr(p, n) for p in parts]) for n in ("divergence", "agreement", "loss")))
+    return Fidelity(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Fidelity)))

@@ -166,11 +166,13 @@ def _call(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict
             last = mask[:, 0, -1]  # the last query sees all that is not padding
             valid = last if mask.dtype == torch.bool else last > torch.finfo(mask.dtype).min / 2
         valid = valid.expand(query.shape[0], -1)
-    scaling = kwargs.get("scaling")
+    scaling: Any = kwargs.get("scaling")
+    if scaling is None:
+        scaling = getattr(module, "scaling", query.shape[-1] ** -0.5)
     return AttentionCall(
         module=module,
         query=query.detach(),
-        scaling=getattr(module, "scaling", query.shape[-1] ** -0.5) if scaling is None else scaling,
+        scaling=scaling,
         mask=mask,
         valid=valid,
         softcap=kwargs.get("softcap"),

@@ -1,4 +1,4 @@
-"""Language-model architectures and sequence encoders, as ``transformers`` models."""
+"""Language-model architectures, as ``transformers`` models."""
 
 import lazy_loader as _lazy
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["ConvNorm", "fuse_norm_conv"]
+__all__ = ["ConvNorm", "conv_then_norm", "fuse_norm_conv", "norm_affine"]
 
 
 class ConvNorm(nn.Module):
@@ -54,16 +54,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
-        conv, norm = self.conv, self.norm
-        plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-        if not plain or norm.training or conv.weight.dtype not in (torch.float32, torch.float64):
-            return norm(conv(x))
-        # with fixed statistics one convolution does both: a pass over the map less
-        scale, shift = _affine(norm)
-        if conv.bias is not None:
-            shift = shift + conv.bias * scale
-        weight = conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv_then_norm(x, self.conv, self.norm)
 
     def fuse(self) -> ConvNorm:
         """Merge the norm into the convolution, in place. Only in evaluation mode; a second call changes nothing."""
@@ -71,6 +62,24 @@ class ConvNorm(nn.Module):
             _check_mode(self.norm)
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
         return self
+
+
+def conv_then_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """``norm(conv(x))``: as one convolution where the norm's statistics are fixed, which spares a pass over the map.
+
+    Args:
+        x: What ``conv`` takes.
+        conv: In half precision, or where it is no plain ``nn.Conv2d``, it runs apart from the norm.
+        norm: The same holds where it is no plain ``nn.BatchNorm2d``, or trains.
+    """
+    plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+    if not plain or norm.training or conv.weight.dtype not in (torch.float32, torch.float64):
+        return norm(conv(x))
+    scale, shift = norm_affine(norm)
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def fuse_norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
@@ -86,7 +95,7 @@ def fuse_norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     _check_mode(norm)
     if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
         raise ValueError(f"a norm merges into a following 1x1 convolution without padding or groups, got {conv}")
-    scale, shift = _affine(norm)
+    scale, shift = norm_affine(norm)
     weight = conv.weight.detach()
     fused = copy.deepcopy(conv)
     with torch.no_grad():
@@ -96,7 +105,7 @@ def fuse_norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     return fused
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Factor and summand per channel that the norm amounts to in evaluation mode."""
     scale = norm.weight * torch.rsqrt(norm.get_buffer("running_var") + norm.eps)
     return scale, norm.bias - norm.get_buffer("running_mean") * scale

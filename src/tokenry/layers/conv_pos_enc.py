@@ -54,6 +54,5 @@ class ConvPosEnc(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The shape stays."""
         y = self.proj(x)
-        return (
-            y.add_(x) if y.dtype == x.dtype else x + y
-        )  # in place: a map less to write; not what autocast made smaller
+        # in place, a map less to write, except where autocast has made y of a shorter type
+        return y.add_(x) if y.dtype == x.dtype else x + y

@@ -38,8 +38,7 @@ class Session:
     def __init__(
         self, folder: Path | str | None, settings: Mapping[str, Any], *, total: int | None = None, quiet: bool = False
     ) -> None:
-        self.settings = dict(settings)
-        text = json.dumps(self.settings, sort_keys=True, default=str)
+        text = json.dumps(dict(settings), sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
         self._results: dict[str, Any] = {}
         self.path: Path | None = None

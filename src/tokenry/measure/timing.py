@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
-__all__ = ["Timing", "fit_exponent", "interleave", "peak_extra_memory"]
+__all__ = ["Timing", "crossing", "fit_exponent", "interleave", "peak_extra_memory"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Timing:
         else:
             low, median, high = min(seconds), statistics.median(seconds), max(seconds)
         return cls(tuple(seconds), median, low, high)
+
+    @property
+    def spread(self) -> float:
+        """Half the way from ``low`` to ``high``: what stands behind ``±``."""
+        return (self.high - self.low) / 2
 
     def as_dict(self) -> dict:
         """As plain JSON."""
@@ -72,6 +77,9 @@ def interleave(
 
     Returns:
         Name to ``Timing`` (seconds per call).
+
+    Raises:
+        ValueError: Nothing to time, or no turn.
     """
     if not functions:
         raise ValueError("nothing to time: functions is empty")

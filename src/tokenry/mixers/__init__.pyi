@@ -40,6 +40,7 @@ from .random import RandomMixer as RandomMixer
 from .registry import InLayout as InLayout
 from .registry import Layout as Layout
 from .registry import TokenMixer as TokenMixer
+from .registry import check_input as check_input
 from .registry import convert_layout as convert_layout
 from .registry import create_mixer as create_mixer
 from .registry import for_timm as for_timm

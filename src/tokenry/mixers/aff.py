@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenry.kernels.adaptive_filter import Fourier, adaptive_frequency_filter, frequency_mask
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["AFFMixer", "aff_kernel"]
 
@@ -105,19 +105,9 @@ class AFFMixer(nn.Module):
         for parameter in (self.w1, self.b1, self.w2, self.b2):
             nn.init.normal_(parameter, std=0.02)
 
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that the mixer cannot take, with a ``ValueError``."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"AFFMixer takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; "
-                "for tokens (B, N, C) use x.transpose(1, 2).unflatten(2, (H, W))"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"AFFMixer takes floating-point maps, got {x.dtype}; convert with x.float()")
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        self.check(x)
+        check_input(self, x, self.dim)
         y = adaptive_frequency_filter(
             x,
             self.w1,
@@ -159,7 +149,7 @@ def aff_kernel(mixer: AFFMixer, x: Tensor) -> Tensor:
         >>> torch.allclose(mixer(x) - x, y, atol=1e-6)
         True
     """
-    mixer.check(x)
+    check_input(mixer, x, mixer.dim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     spectrum = torch.fft.rfft2(x.to(dtype), norm="ortho")
     parameters = [p.to(dtype) for p in (mixer.w1, mixer.b1, mixer.w2, mixer.b2)]

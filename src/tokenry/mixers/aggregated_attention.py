@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from tokenry.kernels.sliding_window import window_scores, window_sum
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["AggregatedAttention", "ContinuousPositionBias", "CosineAttention"]
 
@@ -150,14 +150,6 @@ class _LengthScaledAttention(nn.Module):
         self.cpb = ContinuousPositionBias(self.num_heads, device=device, dtype=dtype)
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
 
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that the mixer cannot take, with a ``ValueError``."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"{type(self).__name__} takes maps (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; for tokens "
-                "(B, N, C) use x.transpose(1, 2).unflatten(2, (H, W)), or wrap it: InLayout(mixer, 'NLC', grid=(H, W))"
-            )
-
     def scaled(self, q: Tensor, keys: Tensor | float) -> Tensor:
         """Queries (B, heads, N, d), normalised, times temperature and the logarithm of the number of keys."""
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -245,7 +237,7 @@ class AggregatedAttention(_LengthScaledAttention):
 
     def check(self, x: Tensor) -> None:
         """Refuse an input that the mixer cannot take, with a ``ValueError``."""
-        super().check(x)
+        check_input(self, x, self.dim)
         if self.pool_size is not None and self.pool_size >= min(x.shape[2:]):
             raise ValueError(
                 f"pool_size={self.pool_size} must be smaller than the shorter side of the map, got a map of "
@@ -340,7 +332,7 @@ class CosineAttention(_LengthScaledAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        self.check(x)
+        check_input(self, x, self.dim)
         size = (x.shape[2], x.shape[3])
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)

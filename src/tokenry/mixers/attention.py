@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["AttentionMixer"]
 
@@ -36,7 +36,7 @@ class AttentionMixer(nn.Module):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: ``head_dim`` or ``num_heads`` is below 1.
+        ValueError: ``head_dim`` or ``num_heads`` is below 1; an input that is not ``(B, N, C)``.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class AttentionMixer(nn.Module):
         super().__init__()
         if head_dim < 1 or (num_heads is not None and num_heads < 1):
             raise ValueError(f"head_dim and num_heads must be at least 1, got {head_dim} and {num_heads}")
-        self.head_dim = head_dim
+        self.dim, self.head_dim = dim, head_dim
         self.num_heads = num_heads or max(1, dim // head_dim)
         self.attn_drop = attn_drop
         width = self.num_heads * head_dim
@@ -77,17 +77,27 @@ class AttentionMixer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> queries, keys and values (3, B, heads, N, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, heads, d)
-        return qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def received(self, x: Tensor) -> Tensor:
+        """What every token of (B, N, C) receives, averaged over heads and queries: (B, N)."""
+        q, k, _ = self._heads(x)
+        weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)  # (B, heads, N, N)
+        return weights.mean((1, 2))
 
     def token_maps(self, x: Tensor) -> dict[str, Tensor]:
         """``attention`` (B, N): what every token receives, averaged over heads and queries."""
-        q, k, _ = self._heads(x)
-        weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)  # (B, heads, N, N)
-        return {"attention": weights.mean((1, 2))}
+        return {"attention": self.received(x)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention among the tokens of each sequence: (B, N, C) -> (B, N, C)."""
         q, k, v = self._heads(x)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        check_input(self, x, self.dim)
+        return self.attend(x)

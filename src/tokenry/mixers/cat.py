@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.conv_norm import ConvNorm
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["CATMixer", "ChannelGate", "SpatialGate"]
 
@@ -131,13 +131,7 @@ class CATMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"CATMixer takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; for tokens (B, N, C) use "
-                "x.transpose(1, 2).unflatten(2, (H, W))"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"CATMixer takes floating-point maps, got {x.dtype}; convert with x.float()")
+        check_input(self, x, self.dim)
         q, k, v = self.project(x)
         context = self.dwc(self.gate_q(q) + self.gate_k(k))
         return self.proj_drop(self.proj(context * v))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["ChannelGroupAttention", "channel_attention", "channel_attention_maps", "channel_weights"]
 
@@ -122,11 +122,7 @@ class ChannelGroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"ChannelGroupAttention takes tokens (B, N, C) with C={self.dim}, got {tuple(x.shape)}; for a map "
-                "(B, C, H, W) use x.flatten(2).transpose(1, 2), or InLayout(mixer, 'NCHW')"
-            )
+        check_input(self, x, self.dim)
         if self.fused and x.shape[1] > FUSED_LIMIT:
             raise ValueError(
                 f"fused attention between channels takes up to {FUSED_LIMIT} tokens (they stand where the kernels expect the "

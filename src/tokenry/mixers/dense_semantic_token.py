@@ -30,12 +30,11 @@ from torch.nn import functional as F
 
 from tokenry.layers.window_partition import window_merge, window_partition
 from tokenry.layers.window_surroundings import even_lists, pool_cells, widen, window_keys
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 from tokenry.mixers.semantic_token import (
     LAYER_SCALE,
     RecoverBlock,
     TokenLayer,
-    check_map,
     check_samples,
     six_rates,
     unit_swin_block,
@@ -219,7 +218,7 @@ class DenseSemanticTokenMixer(nn.Module):
 
     def semantic_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map (B, H, W, C) after the Swin block, and the finished semantic tokens as a map (B, H', W', C)."""
-        check_map(x, self.dim)
+        check_input(self, x, self.dim)
         x = self.swin(x.permute(0, 2, 3, 1))
         rows, columns = (fixed_cells(side, self.window, self.samples) for side in x.shape[1:3])
         s = self.gather(self.generate(pool_cells(x, rows, columns), x), x)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tokenry.kernels.dcnv4 import dcnv4, offset_mask_width
 from tokenry.kernels.scan_orders import cross_merge, cross_scan
 from tokenry.kernels.selective_scan import selective_scan
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["DSS2D", "DCNv4"]
 
@@ -188,11 +188,7 @@ class DSS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"DSS2D takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; "
-                "for tokens (B, N, C) use x.transpose(1, 2).unflatten(2, (H, W))"
-            )
+        check_input(self, x, self.dim)
         u = F.silu(self.conv(self.in_proj(x)))  # (B, E, H, W)
         y = self.scan(u)
         return self.proj_drop(self.out_proj(self.se(self.out_norm(y))))
@@ -201,9 +197,8 @@ class DSS2D(nn.Module):
         """The sum of the four directions' scans, (B, E, H, W) -> (B, E, H, W)."""
         height, width = u.shape[-2:]
         sequences = cross_scan(u, LINES)  # (B, 2, E, L)
-        weight = (
-            self.x_proj_weight.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2)
-        )  # (2 lines, 2 ways * (R + 2N), E)
+        # (2 lines, 2 ways * (R + 2N), E): both ways of a line read it together
+        weight = self.x_proj_weight.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2)
         projected = (weight @ sequences).unflatten(2, (2, -1)).transpose(1, 2)  # (B, 2 ways, 2 lines, R + 2 N, L)
         steps, enter, leave = projected.split([self.rank, self.d_state, self.d_state], dim=3)
         delta = self.dt_projs_weight.unflatten(0, (2, -1)) @ steps  # (B, 2, 2, E, L)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenry.mixers.channel_attention import ChannelGroupAttention
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 from tokenry.mixers.window_attention import WindowAttentionMixer
 
 __all__ = ["DualAttention"]
@@ -76,6 +76,7 @@ class DualAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        check_input(self, x, self.window.dim)
         local = self.window(x)
         seen = self.norm(x + local).flatten(1, 2)  # (B, N, C)
         return local + self.channel(seen).view(x.shape)

@@ -29,7 +29,7 @@ from tokenry.layers.cross_attention import CrossAttention
 from tokenry.layers.head_count import head_count
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.attention import AttentionMixer
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["ConvEncoder", "DualTokenMixer", "PositionAwareTokens"]
 
@@ -210,11 +210,13 @@ class DualTokenMixer(nn.Module):
             nn.init.trunc_normal_(self.tokens, std=0.02)
 
     def _tokens(self, x: Tensor, g: Tensor | None) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.global_part.dim:
-            raise ValueError(f"expected a map (B, {self.global_part.dim}, H, W), got {tuple(x.shape)}")
-        if g is None and self.tokens is None:
+        """Given global tokens, or the mixer's own."""
+        check_input(self, x, self.global_part.dim)
+        if g is not None:
+            return g
+        if self.tokens is None:
             raise ValueError("the mixer was made with own_tokens=False: give it global tokens, mixer(x, g)")
-        return self.tokens.expand(len(x), -1, -1) if g is None and self.tokens is not None else g  # type: ignore[return-value]
+        return self.tokens.expand(len(x), -1, -1)
 
     def forward(self, x: Tensor, g: Tensor | None = None) -> Any:
         """Mix with the mixer's own global tokens, or with those of the network around it.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenry.kernels.dynamic_dwconv import dynamic_dwconv
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["DynamicLocalAttention"]
 
@@ -87,8 +87,7 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"DynamicLocalAttention takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}")
+        check_input(self, x, self.dim)
         u = self.proj_in(x.contiguous())  # the kernels' sums run along rows
         y = dynamic_dwconv(u, self.kernels(u), padding=self.kernel_size // 2)
         return self.proj_drop(self.proj_out(y))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.window_partition import window_sides
+from tokenry.mixers.registry import check_input
 from tokenry.mixers.window_attention import WindowAttentionMixer
 
 __all__ = ["GlobalQueryAttention", "GlobalQueryGenerator", "LocalWindowAttention", "fused_mbconv"]
@@ -197,7 +198,7 @@ class GlobalQueryAttention(WindowAttentionMixer):
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C); ``query`` (B, wh, ww, C) instead of the mixer's own."""
-        self.check(x)
+        check_input(self, x, self.dim)
         if query is None:
             if self.query is None:
                 raise ValueError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["HSMSSD"]
 
@@ -86,13 +86,7 @@ class HSMSSD(nn.Module):
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed tokens and the hidden states that they were read from: (B, D, H, W) -> (B, D, H, W), (B, D, N)."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"HSMSSD takes (B, D, H, W) with D={self.dim}, got {tuple(x.shape)}; "
-                "for tokens (B, L, D) use x.transpose(1, 2).unflatten(2, (H, W))"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"HSMSSD takes floating-point maps, got {x.dtype}; convert with x.float()")
+        check_input(self, x, self.dim)
         write, read, step = self.dwconv(self.in_proj(x)).flatten(2).chunk(3, dim=1)  # B, C, dt: (B, N, L) each
         # Tokens and states stand in rows: with channels last in memory nothing below is copied.
         h = (step.softmax(-1) * write) @ x.flatten(2).transpose(1, 2)  # (B, N, D)

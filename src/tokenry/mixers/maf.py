@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.cross_attention import CrossAttention
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 from tokenry.mixers.window_attention import WindowAttentionMixer
 
 __all__ = ["GLD", "MAFMixer"]
@@ -177,7 +177,7 @@ class MAFMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        self.local.check(x)
+        check_input(self, x, self.local.dim)
         check_map(x, self.gld.input_size)
         local = self.local(x).flatten(1, 2)  # (B, N, C)
         return (local + self.fusion(local, self.gld(x.flatten(1, 2)))).view(x.shape)

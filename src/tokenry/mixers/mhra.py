@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tokenry.layers.pointwise import Pointwise, Pointwise3d
 from tokenry.layers.window_partition import window_merge, window_partition
 from tokenry.mixers.attention import AttentionMixer
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["GlobalMHRA", "LocalMHRA", "WindowMHRA"]
 
@@ -42,7 +42,7 @@ class LocalMHRA(nn.Module):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: ``kernel_size`` is even or below 1.
+        ValueError: ``kernel_size`` is even or below 1; an input that is not ``(B, C, H, W)``.
 
     Example:
         >>> mixer = LocalMHRA(16)
@@ -67,6 +67,7 @@ class LocalMHRA(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}; use {max(kernel_size, 0) | 1}")
+        self.dim = dim
         self.value = self.pointwise(dim, dim, device=device, dtype=dtype)
         self.affinity = self.depthwise(
             dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
@@ -74,9 +75,14 @@ class LocalMHRA(nn.Module):
         self.proj = self.pointwise(dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(proj_drop)
 
+    def aggregate(self, x: Tensor) -> Tensor:
+        """The shape of a map stays."""
+        return self.drop(self.proj(self.affinity(self.value(x))))
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.drop(self.proj(self.affinity(self.value(x))))
+        check_input(self, x, self.dim)
+        return self.aggregate(x)
 
 
 class GlobalMHRA(AttentionMixer):
@@ -93,7 +99,7 @@ class GlobalMHRA(AttentionMixer):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: ``head_dim`` does not divide ``dim``.
+        ValueError: ``head_dim`` does not divide ``dim``; an input that is not ``(B, N, C)``.
 
     Example:
         >>> mixer = GlobalMHRA(320)
@@ -130,7 +136,7 @@ class GlobalMHRA(AttentionMixer):
         )
 
     def guided(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward``, and how much the first token (a class token) attends to each token, as a mean over heads.
+        """``attend``, and how much the first token (a class token) attends to each token, as a mean over heads.
 
         Args:
             x: (B, N, C).
@@ -158,7 +164,7 @@ class WindowMHRA(GlobalMHRA):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: ``window`` is below 1, or ``head_dim`` does not divide ``dim``.
+        ValueError: ``window`` is below 1, or ``head_dim`` does not divide ``dim``; an input that is not ``(B, H, W, C)``.
 
     Example:
         >>> WindowMHRA(16, window=4)(torch.randn(2, 6, 9, 16)).shape
@@ -184,9 +190,15 @@ class WindowMHRA(GlobalMHRA):
         super().__init__(dim, head_dim, qkv_bias, attn_drop, proj_drop=proj_drop, device=device, dtype=dtype)
         self.window = window
 
+    def token_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """``attention`` (B, H, W): what every token receives inside its window, averaged over heads and queries."""
+        received = self.received(window_partition(x, self.window))  # (B * windows, w^2)
+        return {"attention": window_merge(received[..., None], self.window, (x.shape[1], x.shape[2]))[..., 0]}
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        windows = super().forward(window_partition(x, self.window))
+        check_input(self, x, self.dim)
+        windows = self.attend(window_partition(x, self.window))
         return window_merge(windows, self.window, (x.shape[1], x.shape[2]))
 
     def extra_repr(self) -> str:

@@ -32,10 +32,11 @@ from tokenry.mixers.registry import Layout
 __all__ = ["DividedMHRA3d", "GlobalMHRA3d", "LocalMHRA3d"]
 
 
-def _check_clip(x: Tensor) -> None:
-    if x.ndim != 5:
+def _check_clip(x: Tensor, dim: int) -> None:
+    if x.ndim != 5 or x.shape[1] != dim:
         raise ValueError(
-            f"expected a map of clips (B, C, T, H, W), got {tuple(x.shape)}; for images take LocalMHRA or GlobalMHRA"
+            f"expected a map of clips (B, C, T, H, W) with C={dim}, got {tuple(x.shape)}; for images take LocalMHRA or "
+            "GlobalMHRA"
         )
 
 
@@ -63,8 +64,8 @@ class LocalMHRA3d(LocalMHRA):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
-        _check_clip(x)
-        return super().forward(x)
+        _check_clip(x, self.dim)
+        return self.aggregate(x)
 
 
 class GlobalMHRA3d(GlobalMHRA):
@@ -92,14 +93,13 @@ class GlobalMHRA3d(GlobalMHRA):
 
     def token_maps(self, x: Tensor) -> dict[str, Tensor]:
         """``attention`` (B, T, H, W): what every token receives, averaged over heads and queries."""
-        _check_clip(x)
-        received = super().token_maps(x.flatten(2).mT)["attention"]
-        return {"attention": received.unflatten(1, x.shape[2:])}
+        _check_clip(x, self.dim)
+        return {"attention": self.received(x.flatten(2).mT).unflatten(1, x.shape[2:])}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
-        _check_clip(x)
-        return super().forward(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+        _check_clip(x, self.dim)
+        return self.attend(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
 
 
 class DividedMHRA3d(nn.Module):
@@ -139,6 +139,7 @@ class DividedMHRA3d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
 
         def attention() -> GlobalMHRA:
             return GlobalMHRA(dim, head_dim, qkv_bias, attn_drop, proj_drop=proj_drop, device=device, dtype=dtype)
@@ -160,7 +161,7 @@ class DividedMHRA3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H, W)."""
-        _check_clip(x)
+        _check_clip(x, self.dim)
         batch, _, frames, height, width = x.shape
         tokens = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, HW, C)
         places = self.temporal_norm(tokens).transpose(1, 2).flatten(0, 1)  # (B HW, T, C)

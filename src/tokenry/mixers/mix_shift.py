@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["MixShift", "shift_map"]
 
@@ -77,7 +77,8 @@ class MixShift(nn.Module):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: Lists of different lengths, an even kernel, or fewer channels than shifts.
+        ValueError: Lists of different lengths, an even kernel, or fewer channels than shifts; an input that is not
+            ``(B, C, H, W)``.
 
     Example:
         >>> MixShift(14)(torch.randn(2, 14, 6, 9)).shape
@@ -116,6 +117,7 @@ class MixShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        check_input(self, x, sum(self.widths))
         parts = x.split(self.widths, dim=1)
         outputs = []
         # Neighbouring groups with kernels of one size are one convolution, for both directions: few large ones are

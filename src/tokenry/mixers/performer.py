@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["PerformerMixer", "orthogonal_rows", "performer_attention", "positive_features"]
 
@@ -186,11 +186,7 @@ class PerformerMixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, queries and values, each (B, heads, N, d)."""
-        if x.ndim != 3 or x.shape[-1] != self.in_dim:
-            raise ValueError(
-                f"PerformerMixer takes tokens (B, N, C) with C={self.in_dim}, got {tuple(x.shape)}; for maps use "
-                "tokenry.mixers.InLayout(mixer, 'NCHW')"
-            )
+        check_input(self, x, self.in_dim)
         kqv = self.kqv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         k, q, v = kqv.unbind(0)
         return (k, q, v) if self.qk_scale == 1 else (k * self.qk_scale, q * self.qk_scale, v)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["PoolingMixer", "pooling"]
 
@@ -41,7 +41,7 @@ class PoolingMixer(nn.Module):
         dtype: Accepted as every mixer does.
 
     Raises:
-        ValueError: ``pool_size`` is even or below 1.
+        ValueError: ``pool_size`` is even or below 1; an input that is not ``(B, C, H, W)``.
 
     Example:
         >>> import torch
@@ -71,6 +71,7 @@ class PoolingMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        check_input(self, x)
         return pooling(x, self.pool_size)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "MixerFactory",
     "TokenMixer",
+    "check_input",
     "convert_layout",
     "create_mixer",
     "for_timm",
@@ -73,6 +74,34 @@ class Layout(StrEnum):
     NCHW = "NCHW"
     NHWC = "NHWC"
     NLC = "NLC"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ValueError(f"layout must be 'NCHW', 'NHWC' or 'NLC', got {value!r}")
+
+
+# By layout: number of axes, the one of the channels, what a mixer takes, and how to make that of something else.
+TAKES: dict[str, tuple[int, int, str, str]] = {
+    "NCHW": (
+        4,
+        1,
+        "maps (B, C, H, W)",
+        "for tokens (B, N, C) use x.transpose(1, 2).unflatten(2, (H, W)), or wrap it: InLayout(mixer, 'NLC', grid=(H, W))",
+    ),
+    "NHWC": (
+        4,
+        3,
+        "maps (B, H, W, C)",
+        "lay tokens out with x.unflatten(1, (H, W)), turn (B, C, H, W) with x.permute(0, 2, 3, 1), or wrap it: "
+        "InLayout(mixer, 'NCHW')",
+    ),
+    "NLC": (
+        3,
+        2,
+        "tokens (B, N, C)",
+        "for a map (B, C, H, W) use x.flatten(2).transpose(1, 2), or wrap it: InLayout(mixer, 'NCHW')",
+    ),
+}
 
 
 @runtime_checkable
@@ -221,10 +250,35 @@ def layout_of(mixer: object, *, required: bool = False) -> Layout:
         from timm.models.metaformer import Attention
 
         return Layout.NLC if isinstance(mixer, Attention) else Layout.NCHW
-    try:
-        return Layout(declared)
-    except ValueError:
-        raise ValueError(f"layout must be 'NCHW', 'NHWC' or 'NLC', got {declared!r}") from None
+    return Layout(declared)
+
+
+def check_input(mixer: nn.Module, x: Tensor, dim: int | None = None) -> None:
+    """Refuse what a mixer cannot take, with one message for all mixers.
+
+    Args:
+        mixer: The mixer; its layout says how many axes there are and where the channels stand.
+        x: Its input.
+        dim: Channels C. None: any number.
+
+    Raises:
+        ValueError: Another number of axes or channels, or no floating-point numbers.
+
+    Example:
+        >>> import torch
+        >>> from tokenry.mixers import PoolingMixer
+        >>> check_input(PoolingMixer(), torch.zeros(2, 36, 8))
+        Traceback (most recent call last):
+            ...
+        ValueError: PoolingMixer takes maps (B, C, H, W), got (2, 36, 8); for tokens ...
+    """
+    name, layout = type(mixer).__name__, cast("str", mixer.layout)
+    axes, channels, takes, advice = TAKES[layout]
+    if x.ndim != axes or (dim is not None and x.shape[channels] != dim):
+        wanted = takes if dim is None else f"{takes} with C={dim}"
+        raise ValueError(f"{name} takes {wanted}, got {tuple(x.shape)}; {advice}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} takes floating-point numbers, got {x.dtype}; convert with x.float()")
 
 
 def convert_layout(
@@ -283,7 +337,7 @@ class InLayout(nn.Module):
     @property
     def fixed_tokens(self) -> int | None:
         """That of the mixer."""
-        return getattr(self.mixer, "fixed_tokens", None)
+        return cast("int | None", getattr(self.mixer, "fixed_tokens", None))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convert, mix, convert back."""

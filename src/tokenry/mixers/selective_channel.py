@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.s6 import S6
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["SelectiveChannelMixer"]
 
@@ -89,10 +89,7 @@ class SelectiveChannelMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        if x.ndim != 3:
-            raise ValueError(
-                f"SelectiveChannelMixer takes tokens (B, L, D), got {tuple(x.shape)}; for a map use x.flatten(2).mT"
-            )
+        check_input(self, x)
         if x.shape[1] != self.fixed_tokens:
             raise ValueError(
                 f"this SelectiveChannelMixer was made for {self.fixed_tokens} tokens, got {x.shape[1]}: its width is the "

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from tokenry.layers.fan_out_init import fan_out_init
 from tokenry.layers.head_count import head_count
 from tokenry.layers.window_partition import window_key_mask, window_merge, window_partition
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["HybridScaleAttention", "LocalTermAttention", "SelfGuidedAttention", "SelfGuidedMixer"]
 
@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _WithLocalTerm(nn.Module):
-    """What the attentions share: the check of the input, the local term and the output map."""
+    """What the attentions share: the local term and the output map."""
 
     layout = Layout.NHWC
     fixed_tokens = None
@@ -93,14 +93,6 @@ class _WithLocalTerm(nn.Module):
         self.lepe_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that is no map of ``dim`` channels, with a ``ValueError``."""
-        if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"{type(self).__name__} takes maps (B, H, W, C) with C={self.dim}, got {tuple(x.shape)}; lay tokens out with "
-                "x.unflatten(1, (H, W)), turn (B, C, H, W) with x.permute(0, 2, 3, 1), or wrap it: InLayout(mixer, 'NCHW')"
-            )
 
     def _close(self, y: Tensor, x: Tensor) -> Tensor:
         """Attention's outcome and its input, both (B, H, W, C) -> (B, H, W, C)."""
@@ -208,7 +200,7 @@ class HybridScaleAttention(_WithLocalTerm):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> (B, H, W, C), and significance (B, H, W), at least float32, without a gradient."""
-        self.check(x)
+        check_input(self, x, self.dim)
         far, far_significance = self._look_far(x)
         near, near_significance = self._look_near(x)
         return self._close(torch.cat([far, near], -1), x), far_significance + near_significance
@@ -260,7 +252,7 @@ class LocalTermAttention(_WithLocalTerm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        self.check(x)
+        check_input(self, x, self.dim)
         return self.attend(x, x.flatten(1, 2))
 
 
@@ -348,7 +340,7 @@ class SelfGuidedAttention(LocalTermAttention):
         Raises:
             ValueError: There is no significance, or not of every token.
         """
-        self.check(x)
+        check_input(self, x, self.dim)
         if significance is None or significance.shape != x.shape[:3]:
             given = None if significance is None else tuple(significance.shape)
             raise ValueError(

@@ -35,7 +35,7 @@ from tokenry.layers.mlp import ChannelMLP
 from tokenry.layers.swin_block import SwinBlock
 from tokenry.layers.window_partition import window_merge, window_partition
 from tokenry.layers.window_surroundings import cell_positions, pool_cells, widen, window_bounds, window_keys
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["RecoverBlock", "SemanticTokenMixer", "SemanticTokens"]
 
@@ -47,15 +47,6 @@ def check_samples(samples: int, window: int) -> None:
     if not 1 <= samples <= window:
         raise ValueError(
             f"samples must be from 1 to the window's side of {window}, got {samples}; the paper's models take 3 of 7"
-        )
-
-
-def check_map(x: Tensor, dim: int) -> None:
-    """Refuse what is no map of ``dim`` channels."""
-    if x.ndim != 4 or x.shape[1] != dim:
-        raise ValueError(
-            f"semantic tokens are made of maps (B, C, H, W) with C={dim}, got {tuple(x.shape)}; lay tokens (B, N, C) "
-            "out with x.transpose(1, 2).unflatten(2, (H, W))"
         )
 
 
@@ -168,6 +159,8 @@ class SemanticTokens(TokenLayer):
         torch.Size([2, 36, 32])
     """
 
+    layout = Layout.NCHW  # of its input
+
     def __init__(
         self,
         dim: int,
@@ -231,7 +224,7 @@ class SemanticTokens(TokenLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, M, C)."""
-        check_map(x, self.dim)
+        check_input(self, x, self.dim)
         x = x.permute(0, 2, 3, 1)
         c = self.pool(x)
         q, k, v, _, mask = self._logit_parts(x, c)
@@ -250,7 +243,7 @@ class SemanticTokens(TokenLayer):
         Summed over the windows that see it, averaged over heads and a window's tokens. What goes to the pooled centres is
         left out.
         """
-        check_map(x, self.dim)
+        check_input(self, x, self.dim)
         size = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1)
         c = self.pool(x)
@@ -334,7 +327,7 @@ class SemanticTokenMixer(nn.Module):
 
     def semantic_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map (B, H, W, C) after the Swin block, and the finished semantic tokens (B, M, C)."""
-        check_map(x, self.generate.dim)
+        check_input(self, x, self.generate.dim)
         grid = self.generate.grid((x.shape[2], x.shape[3]))
         x = self.swin(x.permute(0, 2, 3, 1))
         s = self.generate(x.permute(0, 3, 1, 2))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenry.layers.star_relu import StarReLU
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["SepConvMixer"]
 
@@ -34,7 +34,7 @@ class SepConvMixer(nn.Module):
         dtype: Torch dtype.
 
     Raises:
-        ValueError: ``kernel_size`` is even or below 1.
+        ValueError: ``kernel_size`` is even or below 1; an input that is not ``(B, H, W, C)``.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ class SepConvMixer(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}; use {max(kernel_size, 0) | 1}")
-        width = int(expansion_ratio * dim)
+        self.dim, width = dim, int(expansion_ratio * dim)
         self.pwconv1 = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.act1 = StarReLU(device=device, dtype=dtype) if act is None else act()
         self.dwconv = nn.Conv2d(
@@ -76,6 +76,7 @@ class SepConvMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        check_input(self, x, self.dim)
         x = self.act1(self.pwconv1(x))  # (B, H, W, 2C)
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop(self.pwconv2(x))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["SparseChannelAttention", "window_starts"]
 
@@ -129,8 +129,7 @@ class SparseChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"SparseChannelAttention takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}")
+        check_input(self, x, self.dim)
         qkv = self.qkv_dwconv(self.qkv(x))
         kernel = None if self.training else self.tlc_kernel
         y = self.attend(qkv) if kernel is None else self.attend_in_windows(qkv, kernel)

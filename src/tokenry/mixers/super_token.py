@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.layers.head_count import head_count
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["SuperTokenAttention", "fold_neighbours", "gather_neighbours", "super_token_map"]
 
@@ -191,13 +191,7 @@ class SuperTokenAttention(nn.Module):
 
     def check(self, x: Tensor) -> tuple[int, int]:
         """Refuse an input that the mixer cannot take, with a ``ValueError``; else the (h, w) of its cells."""
-        if x.ndim != 4 or x.shape[1] != self.dim:
-            raise ValueError(
-                f"SuperTokenAttention takes (B, C, H, W) with C={self.dim}, got {tuple(x.shape)}; "
-                "for tokens (B, N, C) use x.transpose(1, 2).unflatten(2, (H, W))"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"SuperTokenAttention takes floating-point maps, got {x.dtype}; convert with x.float()")
+        check_input(self, x, self.dim)
         height, width = x.shape[-2:]
         h, w = self.cell_size(height, width)
         if h * w > 1 and h >= height and w >= width and not torch.compiler.is_compiling():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tokenry.layers.head_count import head_count
 from tokenry.layers.window_partition import window_key_mask, window_merge, window_partition, window_sides
-from tokenry.mixers.registry import Layout
+from tokenry.mixers.registry import Layout, check_input
 
 __all__ = ["WindowAttentionMixer"]
 
@@ -84,16 +84,8 @@ class WindowAttentionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        self.check(x)
+        check_input(self, x, self.dim)
         return self.attend(x)
-
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that the mixer cannot take, with a ``ValueError``."""
-        if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"{type(self).__name__} takes maps (B, H, W, C) with C={self.dim}, got {tuple(x.shape)}; lay tokens out with "
-                "x.unflatten(1, (H, W)), turn (B, C, H, W) with x.permute(0, 2, 3, 1), or wrap it: InLayout(mixer, 'NCHW')"
-            )
 
     def attend(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """Attention in the windows of ``x``.

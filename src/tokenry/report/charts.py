@@ -120,9 +120,9 @@ def bars(
     """One horizontal bar per method, with its value and spread."""
     left, row = 190, 26
     height = TOP + row * len(values) + 34
-    low = min(0.0, *values.values()) if len(values) > 1 else min(0.0, *values.values(), 0.0)
-    high = max(0.0, *(v + (spread or {}).get(k, 0.0) for k, v in values.items())) or 1.0
-    x = _Axis(low, high * 1.12 if high > 0 else 1.0, left, WIDTH - 60, False)
+    ends = [value + sign * (spread or {}).get(name, 0.0) for name, value in values.items() for sign in (-1, 1)]
+    low, high = min(0.0, *ends), max(0.0, *ends) or 1.0
+    x = _Axis(low, high * 1.12, left, WIDTH - 60, False)
     body = []
     for i, (name, value) in enumerate(values.items()):
         top = TOP + i * row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +17,22 @@ from tokenry.compare.run import Result
 from tokenry.evidence.records import CHECKS, Record, all_records
 from tokenry.report import charts
 from tokenry.report.numbers import readable
-from tokenry.report.table import best, cell
+from tokenry.report.table import best, cell, is_number
 
 __all__ = ["build_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+# What of the reader's own goes into each kind of comparison.
+YOURS = {
+    "decoding": "--model YOUR_MODEL --data prompts.txt",
+    "kvcache": "--model YOUR_MODEL --data texts.txt",
+    "mixers": "--data FOLDER_OF_LABELLED_IMAGES",
+    "backbones": "--data FOLDER_OF_LABELLED_IMAGES",
+    "losses": "--set vocab=128000 --set tokens=2048",
+    "forecasters": "--data your.csv",
+    "tokenizers": "--model tokenizer.json --data FOLDER_OF_TEXTS",
+    "detectors": "--model SCORER --data texts.jsonl",
+}
 
 
 def build_report(out: Path | str, results: Iterable[Result] = (), records: Iterable[Record] | None = None) -> Path:
@@ -140,7 +150,7 @@ def _charts(record: Record | None) -> list[dict[str, Any]]:
 
 def _comparison(result: Result) -> dict[str, Any]:
     columns = result.columns
-    winners = {column.key: best(result, column.key) for column in columns}
+    winners = {column.key: best(result, column) for column in columns}
     rows = []
     for row in result.outcome.rows:
         cells = []
@@ -148,9 +158,9 @@ def _comparison(result: Result) -> dict[str, Any]:
             value = row.get(column.key)
             cells.append(
                 {
-                    "text": cell(row, column.key, column.digits),
+                    "text": cell(row, column),
                     "best": winners[column.key] is not None and value == winners[column.key],
-                    "sort": value if isinstance(value, (int, float)) else "",
+                    "sort": value if is_number(value) else "",
                     "label": column.title,
                 }
             )
@@ -162,17 +172,6 @@ def _comparison(result: Result) -> dict[str, Any]:
                 "cells": cells,
             }
         )
-    command = ["tokenry", "compare", result.kind]
-    hint = {
-        "decoding": "--model YOUR_MODEL --data prompts.txt",
-        "kvcache": "--model YOUR_MODEL --data texts.txt",
-        "mixers": "--data FOLDER_OF_LABELLED_IMAGES",
-        "backbones": "--data FOLDER_OF_LABELLED_IMAGES",
-        "losses": "--set vocab=128000 --set tokens=2048",
-        "forecasters": "--data your.csv",
-        "tokenizers": "--model tokenizer.json --data FOLDER_OF_TEXTS",
-        "detectors": "--model SCORER --data texts.jsonl",
-    }.get(result.kind, "")
     return {
         "result": result,
         "columns": columns,
@@ -191,7 +190,7 @@ def _comparison(result: Result) -> dict[str, Any]:
             }
             for sweep in result.outcome.sweeps
         ],
-        "command": shlex.join(command) + f" {hint}",
+        "command": f"tokenry compare {result.kind} {YOURS.get(result.kind, '')}".strip(),
         "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
     }  # fmt: skip
 
@@ -202,17 +201,12 @@ def _headline(result: Result) -> str:
     by_key = {column.key: column for column in result.columns}
     drawn = [by_key[plot.y] for plot in result.plots]  # what is drawn first matters most
     for column in [*drawn, *result.columns]:
-        values = {
-            name: row[column.key]
-            for name, row in rows.items()
-            if isinstance(row.get(column.key), (int, float)) and not isinstance(row[column.key], bool)
-        }
+        values = {name: row[column.key] for name, row in rows.items() if is_number(row.get(column.key))}
         others = {name: value for name, value in values.items() if name != result.baseline}
         if column.better is None or len(set(values.values())) < 2 or not others:
             continue
         name = (max if column.better == "higher" else min)(others, key=others.__getitem__)
-        what = f"{column.title[0].upper()}{column.title[1:]}{f' ({column.unit})' if column.unit else ''}"
-        sentence = f"{what}, {column.better} is better: {name} {readable(others[name], column.digits)}"
+        sentence = f"{column.heading}, {column.better} is better: {name} {readable(others[name], column.digits)}"
         if result.baseline in values:
             sentence += f", {result.baseline} {readable(values[result.baseline], column.digits)}"
         return sentence + "."
@@ -220,13 +214,13 @@ def _headline(result: Result) -> str:
 
 
 def _plots(result: Result) -> list[dict[str, Any]]:
-    titles = {column.key: f"{column.title}{f' ({column.unit})' if column.unit else ''}" for column in result.columns}
+    titles = {column.key: column.heading for column in result.columns}
     drawn = []
     for plot in result.plots:
         numbers = {
             row["method"]: row
             for row in result.outcome.rows
-            if all(isinstance(row.get(k), (int, float)) for k in (plot.y, plot.x) if k is not None)
+            if all(is_number(row.get(key)) for key in (plot.y, plot.x) if key is not None)
         }
         if len(numbers) < 2:
             continue
@@ -237,9 +231,9 @@ def _plots(result: Result) -> list[dict[str, Any]]:
                 y_title,
                 baseline=result.baseline,
                 spread={
-                    n: row[f"{plot.y}_spread"]
-                    for n, row in numbers.items()
-                    if isinstance(row.get(f"{plot.y}_spread"), (int, float))
+                    name: row[f"{plot.y}_spread"]
+                    for name, row in numbers.items()
+                    if is_number(row.get(f"{plot.y}_spread"))
                 },
             )
         else:

@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tokenry.compare.kind import Column
 from tokenry.compare.run import Result
 from tokenry.report.numbers import readable
 
-__all__ = ["cell", "print_result"]
+__all__ = ["best", "cell", "is_number", "print_result"]
 
 
-def cell(row: dict, key: str, digits: int) -> str:
+def is_number(value: object) -> bool:
+    """Whether a row's value can be compared and drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def cell(row: dict, column: Column) -> str:
     """A row's value with its spread behind it."""
-    spread = row.get(f"{key}_spread")
-    return readable(row.get(key), digits) + (f" ± {readable(spread, 2)}" if isinstance(spread, (int, float)) else "")
+    spread = row.get(f"{column.key}_spread")
+    return readable(row.get(column.key), column.digits) + (f" ± {readable(spread, 2)}" if is_number(spread) else "")
 
 
-def best(result: Result, key: str) -> object:
+def best(result: Result, column: Column) -> object:
     """The best value of a column, or None where no direction is better."""
-    column = next(c for c in result.columns if c.key == key)
-    values = [
-        r[key] for r in result.outcome.rows if isinstance(r.get(key), (int, float)) and not isinstance(r.get(key), bool)
-    ]
+    values = [row[column.key] for row in result.outcome.rows if is_number(row.get(column.key))]
     if column.better is None or len(set(values)) < 2:
         return None
     return max(values) if column.better == "higher" else min(values)
 
 
-def heading(column: Column) -> str:
+def _heading(column: Column) -> str:
     """Title, unit, and an arrow where one direction is better."""
-    arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
-    return f"{column.title}{f' ({column.unit})' if column.unit else ''}{arrow}"
+    return column.heading + {"higher": " ↑", "lower": " ↓", None: ""}[column.better]
 
 
 def _narrowest(result: Result, column: Column) -> int:
     """Characters that a column needs: its widest value, or the widest word of its heading, which may wrap."""
-    cells = (cell(row, column.key, column.digits) for row in result.outcome.rows)
-    return max(map(len, [*heading(column).split(), *cells]))
+    cells = (cell(row, column) for row in result.outcome.rows)
+    return max(map(len, [*_heading(column).split(), *cells]))
 
 
 def _that_fit(result: Result, width: int) -> list[Column]:
@@ -61,13 +63,13 @@ def print_result(result: Result, console: Console) -> None:
     table.add_column("method", no_wrap=True)
     shown = _that_fit(result, console.width)
     for column in shown:
-        table.add_column(heading(column), justify="right", min_width=_narrowest(result, column))
-    winners = {column.key: best(result, column.key) for column in result.columns}
+        table.add_column(_heading(column), justify="right", min_width=_narrowest(result, column))
+    winners = {column.key: best(result, column) for column in shown}
     for row in result.outcome.rows:
-        name = f"{row['method']} [dim](baseline)[/]" if row["method"] == result.baseline else row["method"]
+        name = escape(row["method"]) + (" [dim](baseline)[/]" if row["method"] == result.baseline else "")
         cells = []
         for column in shown:
-            text = cell(row, column.key, column.digits)
+            text = cell(row, column)
             won = winners[column.key] is not None and row.get(column.key) == winners[column.key]
             cells.append(f"[bold green]{text}[/]" if won else text)
         table.add_row(name, *cells)
@@ -80,7 +82,7 @@ def print_result(result: Result, console: Console) -> None:
             grown = ", ".join(
                 f"{name} {value:.2f}" for name, value in sorted(sweep.exponents.items(), key=lambda e: e[1])
             )
-            console.print(f"[bold]{sweep.title}[/], exponent: {grown}", highlight=False)
+            console.print(f"[bold]{escape(sweep.title)}[/], exponent: {escape(grown)}", highlight=False)
     for note in result.outcome.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     console.print(

@@ -1,4 +1,4 @@
-"""Corpus-level applications: detection of generated text, mixtures of agents, graph RAG."""
+"""Texts as wholes: which were generated, which are hidden in a model."""
 
 import lazy_loader as _lazy
 

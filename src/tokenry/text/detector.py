@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -60,14 +60,12 @@ def choose_threshold(scores: Sequence[float], labels: Sequence[int], false_posit
     return float(middle) if middle < best else float(np.nextafter(best, -np.inf))
 
 
-class Detector(BaseEstimator):
+class Detector(BaseEstimator, ABC):
     """Base of the detectors, in the manner of scikit-learn: ``score``, ``fit``, ``predict``.
 
-    A subclass says which figures of the tokens it needs (``wanted``) and makes one number of them
+    A subclass says which figures of the tokens it needs (``fields``) and makes one number of them
     (``score_statistics``).
     """
-
-    wanted: ClassVar[tuple[Field, ...]] = ("log_probs",)
 
     model: PreTrainedModel | str
     tokenizer: PreTrainedTokenizerBase | None
@@ -79,12 +77,12 @@ class Detector(BaseEstimator):
     threshold_: float
 
     @abstractmethod
-    def score_statistics(self, statistics: TokenStatistics) -> float:
-        """Score of one text from the figures of its tokens."""
-
     def fields(self) -> tuple[Field, ...]:
         """The figures of the tokens that this detector needs."""
-        return self.wanted
+
+    @abstractmethod
+    def score_statistics(self, statistics: TokenStatistics) -> float:
+        """Score of one text from the figures of its tokens."""
 
     @property
     def scorer(self) -> TokenScorer:

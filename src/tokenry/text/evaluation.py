@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenry.text.detector import choose_threshold
+
 __all__ = ["Interval", "auroc", "auroc_gain", "true_positive_rate"]
 
 Scores = Sequence[Sequence[float]]
@@ -75,10 +77,12 @@ def auroc_gain(
 def true_positive_rate(human: Sequence[float], machine: Sequence[float], false_positive_rate: float = 0.01) -> float:
     """Share of the machine texts above the lowest threshold that no more than so large a share of human texts exceeds.
 
+    Raises:
+        ValueError: There is no human text, or the rate lies outside [0, 1).
+
     Example:
         >>> true_positive_rate([0.1, 0.4], [0.3, 0.9])
         0.5
     """
-    ordered = np.sort(np.asarray(human, dtype=float))
-    threshold = ordered[len(ordered) - int(false_positive_rate * len(ordered) + 1e-9) - 1]
+    threshold = choose_threshold(human, [0] * len(human), false_positive_rate)
     return float(np.mean(np.asarray(machine, dtype=float) > threshold))

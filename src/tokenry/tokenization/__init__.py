@@ -1,4 +1,4 @@
-"""Make tokens: train, transfer, merge and inspect tokenizers."""
+"""Look into tokenizers: what they were trained on, and a model's probabilities byte by byte behind them."""
 
 import lazy_loader as _lazy
 

@@ -17,9 +17,8 @@ __all__ = ["MixtureSolution", "solve_mixture"]
 SCALE = 1000.0  # frequencies enter the program in per mille, which makes the solver's tolerance 1e-10 of a frequency
 TOLERANCE = 1e-9  # a pair may exceed the true merge by this frequency unnoticed
 PER_STEP = 3  # inequalities of one step that one round adds at most (paper: 10)
-PER_ROUND = (
-    3  # inequalities that one round adds at most, times the merges (paper: 100 in all; ten times slower at T = 1,000)
-)
+# Inequalities that one round adds at most, times the merges (paper: 100 in all; ten times slower at T = 1,000).
+PER_ROUND = 3
 
 
 @dataclass(frozen=True, eq=False)

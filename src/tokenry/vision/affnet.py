@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenry.kernels.adaptive_filter import Fourier
+from tokenry.layers.conv_norm import conv_then_norm
 from tokenry.mixers.aff import AFFMixer
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["AFFNet", "checkpoint_filter_fn"]
 
@@ -96,27 +98,14 @@ class ConvNormAct(nn.Module):
             in_chans, out_chans, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **dd
         )
         parts: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_chans, **dd))
-        self.block = nn.Sequential(parts)
+        self.block: Any = nn.Sequential(parts)
         self.act = act_layer() if act_layer is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / stride, W / stride)
-        conv, norm = self.block.conv, self.block.norm
-        plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-        if plain and not norm.training and conv.weight.dtype in (torch.float32, torch.float64):
-            x = _conv_with_statistics(x, conv, norm)
-        else:
-            x = self.block(x)
+        x = conv_then_norm(x, self.block.conv, self.block.norm)
         if type(self.act) is nn.SiLU and not torch.is_grad_enabled():
             return F.silu(x, inplace=True)
         return self.act(x)
-
-
-def _conv_with_statistics(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolution and batch norm with fixed statistics as one convolution: a pass over the map less."""
-    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class MBConv(nn.Module):
@@ -331,8 +320,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn a checkpoint of the authors' training code into a state dict of ours.
 
     ``conv_1`` is our ``stem``; ``layer_i.0`` our ``stages.(i-1).downsample`` and what follows it there the stage's blocks;
-    ``classifier.fc`` our ``head.fc``. A training checkpoint holds the weights under ``"model_state_dict"``, and one from
-    several GPUs prefixes them with ``"module."``.
+    ``classifier.fc`` our ``head.fc``.
 
     Args:
         state_dict: Checkpoint.
@@ -343,8 +331,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             variant's.
     """
     out: dict[str, Any] = {}
-    for name, value in state_dict.get("model_state_dict", state_dict).items():
-        name = name.removeprefix("module.")
+    for name, value in unwrap(state_dict).items():
         if found := re.match(r"layer_(\d)\.(\d+)\.(.*)", name):
             stage, part = int(found[1]) - 1, int(found[2])
             name = f"stages.{stage}.{'downsample' if part == 0 else f'blocks.{part - 1}'}.{found[3]}"
@@ -357,6 +344,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 f"{name}.w1 is {tuple(given.shape)} in the checkpoint and {tuple(mixer.w1.shape)} in the model: make the "
                 "model with the checkpoint's variant, num_blocks and hidden_factor (8 and 1 in the authors' code)"
             )
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -9,7 +9,7 @@ clear message for images that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "Stage", "build_backbone", "check_shapes", "classification_config"]
+__all__ = ["Backbone", "Stage", "build_backbone", "classification_config"]
 
 
 class Stage(nn.Module):
@@ -289,52 +289,3 @@ def build_backbone(
         feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": "getter", "norm": normed_features},
         **kwargs,
     )
-
-
-def check_shapes(
-    state_dict: Mapping[str, Tensor], model: nn.Module, variants: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
-    """Say, before anything is loaded, that a checkpoint is another model's, and whose it looks like.
-
-    Args:
-        state_dict: Under the model's own names, as a checkpoint filter leaves it.
-        model: The model that is to take it.
-        variants: Name to arguments of the network's class: each is made without memory to find the one that fits.
-
-    Raises:
-        ValueError: Names are missing or unknown, or shapes differ. Only another number of classes is let through to
-            timm, which knows what to do.
-    """
-    own = model.state_dict()
-
-    def faults(shapes: Mapping[str, torch.Size]) -> tuple[list[str], list[str], list[str]]:
-        missing, unknown = sorted(set(shapes) - set(state_dict)), sorted(set(state_dict) - set(shapes))
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # torch fills these in
-        wrong = [name for name in shapes if name in state_dict and state_dict[name].shape != shapes[name]]
-        return missing, unknown, wrong
-
-    missing, unknown, wrong = faults({name: value.shape for name, value in own.items()})
-    wrong, unknown = (
-        [name for name in names if not name.startswith(("head", "dist_head"))] for names in (wrong, unknown)
-    )
-    if not (missing or unknown or wrong):
-        return
-    likely = ""
-    for name, arguments in (variants or {}).items():
-        other = type(model)(**{**arguments, "device": "meta"}).state_dict()
-        if not any(faults({key: value.shape for key, value in other.items()})):
-            likely = f" It looks like {name}: make the model with timm.create_model({name!r})."
-            break
-    details = "; ".join(
-        f"{len(names)} {what} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("tensors missing", missing),
-            ("unknown", unknown),
-            (
-                "of another shape",
-                [f"{n} {tuple(state_dict[n].shape)}, the model's is {tuple(own[n].shape)}" for n in wrong],
-            ),
-        )
-        if names
-    )
-    raise ValueError(f"the checkpoint is another model's: {details}.{likely}")

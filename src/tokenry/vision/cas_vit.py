@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, ConvMlp, DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm, fuse_norm_conv
 from tokenry.mixers.cat import CATMixer
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["CASViT", "checkpoint_filter_fn"]
 
@@ -332,17 +333,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: The checkpoint has another number of heads, or is another variant's.
     """
-    found = state_dict
-    for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-            break
-    state = {rename(name): value for name, value in clean_state_dict(dict(found)).items()}
+    state = without_head({rename(name): value for name, value in unwrap(state_dict).items()}, model)
     own = model.state_dict()
-    if any(name.startswith("head.") for name in own):
+    if model.num_classes:
         _check_heads(state, own)
-    else:
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
     if model.feature_norms is not None:
         new = {name: value for name, value in own.items() if name.startswith("feature_norms.")}
         state = new | {name: value for name, value in state.items() if name in own or not name.startswith("norm.")}

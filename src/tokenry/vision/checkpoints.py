@@ -24,6 +24,8 @@ from timm.models.metaformer import MetaFormer as TimmMetaFormer
 from timm.models.metaformer import checkpoint_filter_fn as timm_filter
 from torch import Tensor, nn
 
+from tokenry.vision.state_dicts import unwrap, without_head
+
 __all__ = ["checkpoint_filter_fn", "convert_in21k_head", "load_checkpoint"]
 
 CLASSES_21K = 21841
@@ -96,7 +98,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     for name, value in renamed.items():
         if name in shapes and value.shape != shapes[name] and value.numel() == shapes[name].numel():
             renamed[name] = value.reshape(shapes[name])
-    return renamed
+    return without_head(renamed, model)
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -113,10 +115,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
             found = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return unwrap(found)
 
 
 def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any]) -> nn.Module:
@@ -134,7 +133,7 @@ def load_checkpoint(model: nn.Module, source: str | Path | Mapping[str, Any]) ->
         ValueError: No such file; the checkpoint belongs to another model or number of classes.
     """
     state_dict = _read(source)
-    target = getattr(model, "model", model) if not hasattr(model, "stem") else model
+    target: Any = getattr(model, "model", model) if not hasattr(model, "stem") else model
     if isinstance(target, TimmMetaFormer):
         try:
             state_dict = timm_filter(state_dict, target)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from tokenry.mixers.dynamic_local import DynamicLocalAttention
 from tokenry.mixers.sparse_channel import SparseChannelAttention
-from tokenry.vision.backbone import check_shapes
+from tokenry.vision.state_dicts import check_shapes, unwrap
 
 __all__ = ["DLGSANet", "GatedFFN", "checkpoint_filter_fn", "load_dlgsanet"]
 
@@ -244,13 +244,9 @@ RENAMED = (
 
 
 def _our_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    for wrapper in ("params_ema", "params", "state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
     renamed = {}
-    for name, value in state_dict.items():
-        name = name.removeprefix("module.").removeprefix("dlgsanet.")
+    for name, value in unwrap(state_dict).items():
+        name = name.removeprefix("dlgsanet.")
         for pattern, ours in RENAMED:
             name = re.sub(pattern, ours, name)
         renamed[name] = value

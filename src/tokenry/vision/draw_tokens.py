@@ -18,7 +18,7 @@ Effective Receptive Field in Deep Convolutional Neural Networks", NeurIPS 2016, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def _prepare(model: nn.Module, image: Image, size: int | tuple[int, int] | None)
     """The image at the model's size (height, width), and as its normalised input (1, 3, H, W)."""
     from PIL import Image as Pillow
 
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or {})
     height, width = (size, size) if isinstance(size, int) else size or config.get("input_size", (3, SIDE, SIDE))[1:]
     shown = image.resize((width, height), Pillow.Resampling.BICUBIC)
     mean, std = (torch.tensor(config.get(k, d)).view(3, 1, 1) for k, d in (("mean", (0.5,) * 3), ("std", (0.5,) * 3)))

@@ -29,8 +29,9 @@ from torch.nn import functional as F
 
 from tokenry.layers.bidim_attention import BiDimMLP
 from tokenry.mixers.dual_token import DualTokenMixer
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["ConvStem", "DualTokenBlock", "DualTokenViT", "PatchMerging", "checkpoint_filter_fn"]
 
@@ -272,10 +273,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: The checkpoint is another variant's.
     """
-    out = {}
-    for name, value in state_dict.get("model", state_dict).items():
-        name = re.sub(r"^patch_embed\.(stem|proj|norm)\.", r"stem.\1.", name.removeprefix("module."))
-        out[name] = value
+    stem = re.compile(r"^patch_embed\.(stem|proj|norm)\.")
+    out = without_head({stem.sub(r"stem.\1.", name): value for name, value in unwrap(state_dict).items()}, model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -25,16 +25,17 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, SqueezeExcite
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.layers.conv_norm import ConvNorm
+from tokenry.layers.conv_norm import ConvNorm, norm_affine
 from tokenry.mixers.hsm_ssd import HSMSSD
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.efficientvim_head import EPS, Features, FusionHead
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["EfficientViM", "Features", "checkpoint_filter_fn"]
 
@@ -79,8 +80,7 @@ class ResidualDepthwise(ConvNorm):
         if type(norm) is not nn.BatchNorm2d or norm.training:
             y = super().forward(x)
             return x + y if gain is None else blend(x, y, gain)
-        scale = norm.weight * torch.rsqrt(norm.get_buffer("running_var") + norm.eps)
-        shift = norm.bias - norm.get_buffer("running_mean") * scale
+        scale, shift = norm_affine(norm)
         keep: Tensor | float = 1.0
         if gain is not None:
             scale, shift, keep = gain * scale, gain * shift, 1 - gain
@@ -345,18 +345,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: The checkpoint has classifiers for distillation and the model has none, or is another variant's.
     """
-    found = state_dict
-    for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-            break
-    found = clean_state_dict(dict(found))
+    found = unwrap(state_dict)
     theirs = "patch_embed.conv.0.conv.weight" in found
     state = {rename(name) if theirs else name: value for name, value in found.items()}
     own = model.state_dict()
-    state = {name: _reshaped(value, own.get(name)) for name, value in state.items()}
-    if model.num_classes == 0:
-        state = {name: value for name, value in state.items() if name in own or not name.startswith("head.")}
+    state = without_head({name: _reshaped(value, own.get(name)) for name, value in state.items()}, model)
     distilled = "head.weights_dist" in state
     if distilled and "head.weights_dist" not in own:
         extra = [name for name in found if re.search(r"(weights|heads|fc)_dist", name)]

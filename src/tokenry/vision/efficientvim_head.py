@@ -75,9 +75,8 @@ class FusionHead(nn.Module):
         self.fc = self._classifiers(num_classes, True)
         self.fc_dist = self._classifiers(num_classes, self.distillation)
         for name, parameter in self.named_parameters():
-            if name.startswith(
-                ("norms.", "weights")
-            ):  # without classes nothing reads them, which parallel training refuses
+            if name.startswith(("norms.", "weights")):
+                # without classes nothing reads them, and parallel training refuses trained parameters that nothing reads
                 parameter.requires_grad_(num_classes > 0)
 
     def forward(self, x: Features | Tensor, pre_logits: bool = False) -> Any:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from tokenry.layers.window_partition import window_sides
 from tokenry.mixers.global_query import fused_mbconv
-from tokenry.vision.backbone import build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["FusedMBDown", "GCViT", "check_timm", "check_windows", "checkpoint_filter_fn", "convert_gcvit"]
 
@@ -233,8 +234,7 @@ def convert_gcvit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     (``img_size=384`` ...). NVIDIA's weights are under a non-commercial licence.
 
     Args:
-        state_dict: As released, or the dict around it (``state_dict``, ``state_dict_ema``, ``model``); ``module.`` in front of
-            names is taken off.
+        state_dict: As released, or what a training script saved around it.
 
     Returns:
         Name to tensor.
@@ -243,7 +243,7 @@ def convert_gcvit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: These are no names of NVIDIA's GC ViT; or timm is too old for the result to be right.
     """
     check_timm()
-    weights = _unwrapped(state_dict)
+    weights = unwrap(state_dict)
     if "patch_embed.conv_down.reduction.weight" not in weights:
         raise ValueError(
             "this is no state dict of NVIDIA's GC ViT: it has no patch_embed.conv_down.reduction.weight; it starts with "
@@ -265,22 +265,16 @@ def convert_gcvit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint of NVIDIA's or timm's for ``model``.
 
     Raises:
         ValueError: It is another model's; the message names the likely one.
     """
-    weights = _unwrapped(state_dict)
+    weights = unwrap(state_dict)
     if "stem.conv1.weight" not in weights:
         weights = convert_gcvit(weights)
+    weights = without_head(weights, model)
     check_shapes(weights, model, TIMM_VARIANTS | VARIANTS)
     return weights
 

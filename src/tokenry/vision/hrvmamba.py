@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 from tokenry.layers import ConvPosEnc, MultiScaleDWConv
 from tokenry.mixers.dss2d import DSS2D
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.high_resolution import Neck, ParallelBlock, Transition, bottleneck, conv_act
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["DVSSBlock", "HRVMamba", "checkpoint_filter_fn", "default_cfgs"]
 
@@ -328,10 +329,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         ValueError: It belongs to another variant, or to the form with (without) the deformable convolutions' linear maps while
             the model is without (with) them.
     """
-    for wrapper in ("model", "state_dict", "state_dict_ema"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    state_dict = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state_dict.items()}
+    state_dict = {name.removeprefix("backbone."): value for name, value in unwrap(state_dict).items()}
     own = model.state_dict()
     if "stem.0.conv.weight" not in state_dict:
         state_dict = {rename(name): value for name, value in state_dict.items()}
@@ -344,6 +342,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             f"the checkpoint's deformable convolutions have {'two' if theirs else 'no'} linear maps of their own, the model's "
             f"{'two' if ours else 'none'}; make the model with dcn_pointwise={theirs}"
         )
+    state_dict = without_head(state_dict, model)
     pointwise = {"dcn_pointwise": ours}
     check_shapes(state_dict, model, {name: {**variant, **pointwise} for name, variant in VARIANTS.items()})
     return state_dict

@@ -32,9 +32,10 @@ from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.attention import AttentionMixer
 from tokenry.mixers.maf import GLD, check_map
 from tokenry.mixers.window_attention import WindowAttentionMixer
-from tokenry.vision.backbone import Backbone, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, build_backbone, classification_config
 from tokenry.vision.metaformer_blocks import ChannelsLastStage, MetaFormerBlock
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["MAFBlock", "MAFormer", "checkpoint_filter_fn"]
 
@@ -230,7 +231,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: The checkpoint is another variant's, or was made for another image size.
     """
-    out = {name.removeprefix("module."): value for name, value in state_dict.get("model", state_dict).items()}
+    out = without_head(unwrap(state_dict), model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.mix_shift import MixShift
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["MSMLP", "MixShiftBlock", "checkpoint_filter_fn"]
 
@@ -160,10 +161,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Their downsampling stands at the end of a stage, ours at the beginning of the next one.
 
-    Args:
-        state_dict: Checkpoint, under ``"model"`` or bare.
-        model: Model that is to take it.
-
     Raises:
         ValueError: The checkpoint is another variant's.
     """
@@ -177,13 +174,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         (r"^head\.(weight|bias)$", r"head.fc.\1"),
     )
     out: dict[str, Any] = {}
-    for name, value in state_dict.get("model", state_dict).items():
-        name = name.removeprefix("module.")
+    for name, value in unwrap(state_dict).items():
         for pattern, new in names:
             name = re.sub(pattern, new, name)
         if found := re.match(r"layers\.(\d+)\.downsample\.(proj|norm)\.(.*)", name):
             name = f"stages.{int(found[1]) + 1}.downsample.{('proj', 'norm').index(found[2])}.{found[3]}"
         out[name] = value
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -33,14 +33,15 @@ from timm.layers import (
     calculate_drop_path_rates,
     resample_abs_pos_embed_nhwc,
 )
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_pos_enc import ConvPosEnc
 from tokenry.layers.fan_out_init import fan_out_init
 from tokenry.mixers.self_guided import HybridScaleAttention, LocalTermAttention, SelfGuidedAttention
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["SGFormer", "checkpoint_filter_fn"]
 
@@ -334,15 +335,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: It is another variant's.
     """
-    found = state_dict
-    for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-            break
     own, last = model.state_dict(), f"stages.{len(cast('Backbone', model).stages) - 1}."
     out: dict[str, Tensor] = {}
     split: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, value in clean_state_dict(dict(found)).items():
+    for name, value in unwrap(state_dict).items():
         for theirs, ours in RENAMES.items():
             name = re.sub(theirs, ours, name)
         if name.startswith(f"{last}norm."):
@@ -359,8 +355,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             out[name] = value
     for (prefix, kind), parts in split.items():
         out |= {f"{prefix}{name}.{kind}": value for name, value in _join(parts).items()}
-    if not any(name.startswith("head.") for name in own):
-        out = {name: value for name, value in out.items() if not name.startswith("head.")}
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm
 from tokenry.layers.conv_pos_enc import ConvPosEnc
 from tokenry.layers.pointwise import Pointwise
 from tokenry.mixers.super_token import SuperTokenAttention
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["STViT", "checkpoint_filter_fn"]
 
@@ -289,13 +290,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: It is another variant's.
     """
-    found = state_dict
-    for wrapper in ("model_ema", "state_dict_ema", "model", "state_dict"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-            break
     out: dict[str, Tensor] = {}
-    for name, value in clean_state_dict(dict(found)).items():
+    for name, value in unwrap(state_dict).items():
         if name.endswith(ONE_HOT):
             continue
         for theirs, ours in RENAMES.items():
@@ -303,8 +299,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         if ".token_mixer." in name and value.ndim == 4:  # 1x1 convolutions, linear maps here
             value = value.flatten(1)
         out[name] = value.flatten() if name.endswith(".gamma") else value
-    if not any(name.startswith("head.") for name in model.state_dict()):
-        out = {name: value for name, value in out.items() if not name.startswith("head.")}
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

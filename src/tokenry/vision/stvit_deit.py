@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tokenry.layers.head_count import head_count
 from tokenry.mixers.semantic_token import RecoverBlock, SemanticTokens
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["STViTDeiT", "TokenStage", "checkpoint_filter_fn"]
 
@@ -221,13 +222,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: The checkpoint is another variant's.
     """
-    for wrapper in ("state_dict_ema", "model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-            break
-    out = clean_state_dict(dict(state_dict))
-    if not any(name.startswith("head.") for name in model.state_dict()):
-        out = {name: value for name, value in out.items() if not name.startswith("head.")}
+    out = without_head(unwrap(state_dict), model)
     check_shapes(out, model, VARIANTS)
     return out
 

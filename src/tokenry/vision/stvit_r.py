@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
@@ -30,8 +30,9 @@ from tokenry.layers.conv_norm import ConvNorm
 from tokenry.layers.swin_block import SwinBlock
 from tokenry.mixers.dense_semantic_token import DenseSemanticTokenMixer
 from tokenry.mixers.semantic_token import SemanticTokenMixer
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["STViTR", "checkpoint_filter_fn"]
 
@@ -234,12 +235,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: It is another variant's, or holds learned global tokens, which the released models do not have.
     """
-    found = state_dict
-    for wrapper in ("state_dict_ema", "model", "state_dict"):
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-            break
-    given = clean_state_dict(dict(found))
+    given = unwrap(state_dict)
     if any(name.startswith("backbone.") for name in given):
         given = {name.removeprefix("backbone."): v for name, v in given.items() if name.startswith("backbone.")}
     out: dict[str, Tensor] = {}
@@ -252,10 +248,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             out[name.replace(".kv.", ".k.")], out[name.replace(".kv.", ".v.")] = value.chunk(2)
         else:
             out[name] = value
-    own = model.state_dict()
-    if not any(name.startswith("head.") for name in own):
-        out = {name: value for name, value in out.items() if not name.startswith("head.")}
-    new = {name: value for name, value in own.items() if name.startswith("feature_norms.")}
+    out = without_head(out, model)
+    new = {name: value for name, value in model.state_dict().items() if name.startswith("feature_norms.")}
     if new:
         out = new | {name: value for name, value in out.items() if not name.startswith("norm.")}
     check_shapes(out, model, VARIANTS)

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from tokenry.layers.head_count import head_count
-from tokenry.vision.backbone import check_shapes, classification_config
+from tokenry.vision.backbone import classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 from tokenry.vision.tokens_to_token import SPLITS, TokensToToken
 
 __all__ = ["T2TViT", "checkpoint_filter_fn", "sinusoid_table"]
@@ -220,15 +221,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: T2TViT) -> dict[s
     """The authors' checkpoint under our names, its positions resized to the model's images.
 
     Args:
-        state_dict: The file's content, with or without ``state_dict_ema`` or ``state_dict`` around it; or one of ours.
+        state_dict: The authors' or one of ours, with or without what a training script saved around it.
         model: The model that is to take it.
 
     Raises:
         ValueError: It is another model's, or its positions lie on no square grid and the model has another.
     """
-    for key in ("state_dict_ema", "state_dict", "model"):
-        state_dict = state_dict.get(key, state_dict)
-    renamed = rename(clean_state_dict(dict(state_dict)))
+    renamed = without_head(rename(unwrap(state_dict)), model)
     tokens = model.patch_embed
     table = renamed.get("pos_embed", model.pos_embed)
     if tokens.grid_size is not None and table.shape[1] != model.pos_embed.shape[1]:

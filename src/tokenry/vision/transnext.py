@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import clean_state_dict, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_glu import ConvGLU
 from tokenry.layers.fan_out_init import fan_out_init
 from tokenry.mixers.aggregated_attention import AggregatedAttention, CosineAttention
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["TransNeXt", "checkpoint_filter_fn"]
 
@@ -264,9 +265,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn a checkpoint of the authors' code into a state dict of ours.
 
     ``patch_embed1`` is our ``stem``, ``patch_embed{i}`` our ``stages.{i-1}.downsample``, ``block{i}`` that stage's
-    ``blocks`` and ``norm{i}`` its ``norm`` (the last one the model's); the 1x1 convolution ``sr`` is our linear map. A training checkpoint holds the weights under
-    ``"model"`` or ``"state_dict"``, and one from several GPUs prefixes them with ``"module."``. Index tables, scales and
-    masks of one image size are left out.
+    ``blocks`` and ``norm{i}`` its ``norm`` (the last one the model's); the 1x1 convolution ``sr`` is our linear map. Index
+    tables, scales and masks of one image size are left out.
 
     Args:
         state_dict: Checkpoint.
@@ -275,12 +275,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: It is another variant's; the message names the likely one.
     """
-    for wrapper in ("model", "state_dict", "state_dict_ema"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
     out: dict[str, Any] = {}
-    for name, value in clean_state_dict(state_dict).items():
-        name = name.removeprefix("module.")
+    for name, value in unwrap(state_dict).items():
         if re.search(r"relative_pos_index|relative_coords_table|seq_length_scale|padding_mask", name):
             continue
         name = re.sub(r"^patch_embed1\.", "stem.", name)
@@ -293,6 +289,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         if name.endswith(".sr.weight"):
             value = value.flatten(1)
         out[name.replace(".cpb_fc", ".cpb.fc").replace(".dwconv.dwconv.", ".dwconv.")] = value
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

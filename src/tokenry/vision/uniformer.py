@@ -32,8 +32,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tokenry.layers.conv_norm import ConvNorm
-from tokenry.vision.backbone import Backbone, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 from tokenry.vision.token_labeling import TokenLabelingHead, TokenLabels, swap_box
 from tokenry.vision.uniformer_blocks import (
     GlobalBlock,
@@ -237,9 +238,7 @@ RENAMED = (
 
 def rename(state_dict: dict[str, Any]) -> dict[str, Tensor]:
     """The authors' names to ours, their wrappings taken off; a state dict under our names stays as it is."""
-    for wrapping in ("model", "state_dict", "state_dict_ema"):
-        state_dict = state_dict.get(wrapping, state_dict)
-    given = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    given = unwrap(state_dict)
     if any(name.startswith("stages.") for name in given):
         return given
     out = {}
@@ -255,7 +254,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn a checkpoint of the authors' code (classification, token labelling or detection) into a state dict of ours.
 
     Args:
-        state_dict: Checkpoint, wrapped under ``"model"`` or ``"state_dict"`` or not.
+        state_dict: Checkpoint, with or without what a training script saved around it.
         model: Model that is to take it.
 
     Raises:
@@ -270,6 +269,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             "the checkpoint was trained with token labelling and has a second classifier, aux_head, that the model lacks: "
             "make the model with token_labeling=True, or take the variant whose name has _tl"
         )
+    out = without_head(out, model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -29,8 +29,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes
+from tokenry.vision.backbone import Backbone, Stage, build_backbone
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, without_head
 from tokenry.vision.uniformer import config, rename
 from tokenry.vision.uniformer_blocks import (
     GlobalBlock,
@@ -352,13 +353,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn a checkpoint of the authors' code into a state dict of ours.
 
     Args:
-        state_dict: Checkpoint, wrapped under ``"model"`` or ``"state_dict"`` or not.
+        state_dict: Checkpoint, with or without what a training script saved around it.
         model: Model that is to take it.
 
     Raises:
         ValueError: It is another variant's; the message names the one that fits.
     """
-    out = rename(state_dict)
+    out = without_head(rename(state_dict), model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tokenry.vision.backbone import check_shapes
+from tokenry.vision.state_dicts import check_shapes, without_head
 from tokenry.vision.uniformer import BASE, SMALL, rename
 from tokenry.vision.uniformer_light import VARIANTS as LIGHT
 
@@ -62,7 +62,7 @@ def inflate(weight: Tensor, frames: int, mode: str = "mean") -> Tensor:
 
 def rename_clip(state_dict: dict[str, Any], split: bool = False) -> dict[str, Tensor]:
     """Names of the authors' video or image code, or of our image models, to those of a clip model."""
-    given = rename(state_dict.get("model_state", state_dict))
+    given = rename(state_dict)
     if not split and not any(".t_attn." in name for name in given):
         return given
     out = {}
@@ -108,13 +108,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Turn a checkpoint of the authors' video code into a state dict of ours.
 
     Args:
-        state_dict: Checkpoint, wrapped under ``"model"``, ``"model_state"`` or ``"state_dict"`` or not.
+        state_dict: Checkpoint, with or without what a training script saved around it.
         model: Model that is to take it.
 
     Raises:
         ValueError: It is of another network; the message says what it looks like.
     """
-    out = rename_clip(state_dict)
+    out = without_head(rename_clip(state_dict), model)
     _check(out, model)
     return out
 

@@ -30,8 +30,9 @@ from tokenry.layers.dense_average import DenseAverage
 from tokenry.layers.mlp import ChannelMLP
 from tokenry.mixers.selective_channel import SelectiveChannelMixer
 from tokenry.mixers.selective_token import SelectiveTokenMixer
-from tokenry.vision.backbone import Backbone, Stage, build_backbone, check_shapes, classification_config
+from tokenry.vision.backbone import Backbone, Stage, build_backbone, classification_config
 from tokenry.vision.registration import register_table
+from tokenry.vision.state_dicts import check_shapes, unwrap, without_head
 
 __all__ = ["ViM2", "ViM2Block", "checkpoint_filter_fn"]
 
@@ -220,20 +221,14 @@ class ViM2(Backbone):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A state dict as training scripts save it, without their wrappings.
+    """A checkpoint of this library, unwrapped and checked.
 
     The authors have released no weights and no code, so there are no names of theirs to translate.
-
-    Args:
-        state_dict: Under ``"model"``, ``"state_dict"`` or ``"state_dict_ema"``, or bare.
-        model: Model that is to take it.
 
     Raises:
         ValueError: The checkpoint is another variant's.
     """
-    for key in ("model", "state_dict", "state_dict_ema"):
-        state_dict = state_dict.get(key, state_dict)
-    out = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    out = without_head(unwrap(state_dict), model)
     check_shapes(out, model, VARIANTS)
     return out
 

@@ -70,13 +70,14 @@ class Decoding(Comparison):
         Column(key="accepted", title="Accepted length", unit="tokens/pass", better="higher"),
         Column(key="tokens_per_second", title="Tokens per second", better="higher"),
         Column(key="nodes", title="Nodes per pass", digits=2),
-        Column(key="memory", title="Peak extra memory", unit="MB", better="lower"),
+        Column(key="memory", title="Peak extra memory", unit="MiB", better="lower"),
     ]
     plots: ClassVar = [
         Plot(title="Speed against greedy generate", y="speed", caption="Above 1 is faster than stock generate."),
         Plot(title="What accepted tokens buy", x="accepted", y="speed", caption="Passes with more nodes cost more."),
     ]
-    settings: ClassVar = {"prompts": 0, "new_tokens": 0, "batch_size": 1, "sweep": [0]}
+    settings: ClassVar = {"prompts": 40, "new_tokens": 128, "batch_size": 1, "sweep": [16, 32, 64, 128, 256]}
+    demo: ClassVar = {"prompts": 4, "new_tokens": 48, "sweep": [16, 48]}
 
     def methods(self) -> list[str]:
         """Stock generate first, then the library's own speculation, then ours."""
@@ -85,28 +86,24 @@ class Decoding(Comparison):
     def check(self, options: Options) -> None:
         """Refuse bad options; reads the prompts' file but loads no model."""
         super().check(options)
-        for name in ("prompts", "new_tokens"):
-            if self.setting(options, name) < 0:
-                raise ValueError(
-                    f"decoding: {name} must be 0 (chosen by effort) or more, got {self.setting(options, name)}"
-                )
-        if self.setting(options, "batch_size") < 1:
-            raise ValueError(f"decoding: batch_size must be at least 1, got {self.setting(options, 'batch_size')}")
+        for name in ("prompts", "new_tokens", "batch_size"):
+            if self.setting(options, name) < 1:
+                raise ValueError(f"decoding: setting {name} must be at least 1, got {self.setting(options, name)}")
+        if min(self.setting(options, "sweep")) < 1:
+            raise ValueError(f"decoding: setting sweep must be numbers from 1 up, got {self.setting(options, 'sweep')}")
         if options.data is not None:
             read_prompts(options.data)
 
     def _plan(self, options: Options) -> tuple[list[str], list[str], int, list[int], int]:
         """Measured prompts, warming prompts, new tokens, sweep, repeats."""
-        demo = options.effort == "demo"
         everything = read_prompts(options.data) if options.data else prompts()
-        count = self.setting(options, "prompts") or (4 if demo else 40)
-        new = self.setting(options, "new_tokens") or (48 if demo else 128)
-        sweep = [n for n in self.setting(options, "sweep") if n] or ([16, 48] if demo else [16, 32, 64, 128, 256])
+        new, sweep = self.setting(options, "new_tokens"), self.setting(options, "sweep")
         # Spread over the file: the embedded prompts hold English first, then code.
-        count = min(count, len(everything))
+        count = min(self.setting(options, "prompts"), len(everything))
         chosen = [everything[i * len(everything) // count] for i in range(count)]
         warm = [p for p in everything if p not in chosen][:: max(1, (len(everything) - count) // WARM_PROMPTS)]
-        return chosen, warm[:WARM_PROMPTS], new, sweep, min(options.repeats, 2) if demo else options.repeats
+        repeats = min(options.repeats, 2) if options.effort == "demo" else options.repeats
+        return chosen, warm[:WARM_PROMPTS], new, sweep, repeats
 
     def run(self, options: Options, session: Session) -> Outcome:
         """Text and passes per method, then timed turns, then growth over the number of new tokens."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,7 +125,7 @@ class Detectors(Comparison):
                     "auroc_high": area.high,
                     "tpr": 100 * true_positive_rate(human, machine),
                     "seconds": seconds["median"],
-                    "seconds_spread": (seconds["high"] - seconds["low"]) / 2,
+                    "seconds_spread": seconds["spread"],
                     "ratio": seconds["median"] / times[self.baseline]["median"],
                     "exponent": exponents.get(name),
                 }
@@ -178,38 +180,34 @@ class _Bench:
     """The scorer and its tokenizer, loaded once and only if a step has to run."""
 
     def __init__(self, kind: Detectors, options: Options) -> None:
-        self.kind, self.options = kind, options
-        self._loaded: Any = None
-
-    def _setting(self, name: str) -> Any:
-        return self.kind.setting(self.options, name)
+        self.options = options
+        self.setting: Callable[[str], Any] = lambda name: kind.setting(options, name)
+        self.model = cache(self._model)
 
     def _model(self) -> Any:
-        if self._loaded is None:
-            from tokenry.assets import load_model
+        from tokenry.assets import load_model
 
-            options = self.options
-            self._loaded = load_model(options.model or "small", dtype=options.dtype, device=options.device)
-        return self._loaded
+        options = self.options
+        return load_model(options.model or "small", dtype=options.dtype, device=options.device)
 
     def texts(self) -> dict[str, Any]:
         """Human and machine texts that are long enough, and the number of tokens that all are judged on."""
         from tokenry.assets import held_out_texts
         from tokenry.text.paired import continue_texts, cut_passages, read_labelled
 
-        model, tokenizer = self._model()
-        wanted = self._setting("tokens")
+        model, tokenizer = self.model()
+        wanted = self.setting("tokens")
         if self.options.data is not None:
             texts, labels = read_labelled(self.options.data)
         else:
-            human = cut_passages(tokenizer, held_out_texts("english"), wanted + 20)[: self._setting("humans")]
+            human = cut_passages(tokenizer, held_out_texts("english"), wanted + 20)[: self.setting("humans")]
             machine = continue_texts(
                 model,
                 tokenizer,
                 human,
                 prompt_tokens=OPENING,
                 new_tokens=wanted + 10 - OPENING,
-                temperature=self._setting("temperature"),
+                temperature=self.setting("temperature"),
                 seed=self.options.seed,
             )
             texts, labels = human + machine, [0] * len(human) + [1] * len(machine)
@@ -236,8 +234,8 @@ class _Bench:
         """The detector of that name, judging so many tokens."""
         from tokenry.text import BaselineDetector, LastdeDetector
 
-        model, tokenizer = self._model()
-        given: dict[str, Any] = {"n_samples": self._setting("samples"), "seed": self.options.seed, "max_tokens": tokens}
+        model, tokenizer = self.model()
+        given: dict[str, Any] = {"n_samples": self.setting("samples"), "seed": self.options.seed, "max_tokens": tokens}
         if name in LASTDE:
             return LastdeDetector(model, tokenizer, name, **given)
         return BaselineDetector(model, tokenizer, name, **given)
@@ -249,7 +247,7 @@ class _Bench:
         scorer = next(iter(detectors.values())).scorer
         found: dict[str, list[float]] = {name: [] for name in chosen}
         for begin in range(0, len(texts), 64):
-            known = scorer.statistics(texts[begin : begin + 64], wanted=wanted, batch_size=self._setting("batch"))
+            known = scorer.statistics(texts[begin : begin + 64], wanted=wanted, batch_size=self.setting("batch"))
             for name, detector in detectors.items():
                 found[name] += [detector.score_statistics(one) for one in known]
         return found
@@ -259,14 +257,14 @@ class _Bench:
         from tokenry.measure.timing import interleave
 
         detectors = {name: self.detector(name, tokens) for name in chosen}
-        calls = {n: lambda d=d: d.score(texts, self._setting("batch")) for n, d in detectors.items()}
+        calls = {n: lambda d=d: d.score(texts, self.setting("batch")) for n, d in detectors.items()}
         repeats = min(3, self.options.repeats) if self.options.effort == "demo" else self.options.repeats
         found = interleave(calls, repeats=repeats, device=self.options.device)
-        return {n: {k: getattr(t, k) / len(texts) for k in ("median", "low", "high")} for n, t in found.items()}
+        return {n: {"median": t.median / len(texts), "spread": t.spread / len(texts)} for n, t in found.items()}
 
     def growth(self, texts: list[str], tokens: int, chosen: list[str]) -> dict[str, dict]:
         """Seconds per text at another length; texts are put together until they are long enough."""
-        _, tokenizer = self._model()
+        _, tokenizer = self.model()
         ids = tokenizer(" ".join(texts[: 2 + 2 * tokens * 4 // 100]), verbose=False)["input_ids"]
         while len(ids) < 2 * (tokens + 20):
             ids = ids + ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,15 +46,15 @@ class Forecasters(Comparison):
     question = "Which model forecasts these series best, and at what cost?"
     baseline = "seasonal-naive"
     columns: ClassVar[list[Column]] = [
-        Column(key="mse", title="MSE", unit="scaled", better="lower", digits=3),
-        Column(key="mae", title="MAE", unit="scaled", better="lower", digits=3),
-        Column(key="ratio", title="MSE / seasonal naive", unit="x", better="lower", digits=3),
-        Column(key="ratio_first", title="first quarter of the horizon", unit="x", better="lower", digits=3),
-        Column(key="ratio_last", title="last quarter", unit="x", better="lower", digits=3),
-        Column(key="epoch_seconds", title="training, per epoch", unit="s", better="lower", digits=3),
-        Column(key="predict_ms", title=f"{BATCH} forecasts", unit="ms", better="lower", digits=3),
-        Column(key="parameters", title="parameters", better="lower", digits=3),
-        Column(key="epochs", title="epochs run", digits=2),
+        Column(key="mse", title="MSE", unit="scaled", better="lower"),
+        Column(key="mae", title="MAE", unit="scaled", better="lower"),
+        Column(key="ratio", title="MSE / seasonal naive", unit="x", better="lower"),
+        Column(key="ratio_first", title="First quarter of the horizon", unit="x", better="lower"),
+        Column(key="ratio_last", title="Last quarter", unit="x", better="lower"),
+        Column(key="epoch_seconds", title="Training, per epoch", unit="s", better="lower"),
+        Column(key="predict_ms", title=f"{BATCH} forecasts", unit="ms", better="lower"),
+        Column(key="parameters", title="Parameters", better="lower"),
+        Column(key="epochs", title="Epochs run", digits=2),
     ]
     plots: ClassVar[list[Plot]] = [
         Plot(
@@ -64,13 +65,14 @@ class Forecasters(Comparison):
     settings: ClassVar[dict[str, Any]] = {
         "context_length": 96,
         "prediction_length": 96,
-        "epochs": 0,
-        "stride": 0,
-        "width": 0,
+        "epochs": 10,
+        "stride": 1,
+        "width": 256,
         "season": 0,
         "split": "",
         "variates": [8, 32, 128, 512],
     }
+    demo: ClassVar[dict[str, Any]] = {"epochs": 1, "stride": 4, "width": 64, "variates": [8, 32, 128]}
 
     def methods(self) -> list[str]:
         """All models that `tokenry.series` can make by name."""
@@ -84,12 +86,14 @@ class Forecasters(Comparison):
         """Refuse bad options, an unusable table, and a saved forecaster of other lengths."""
         super().check(options)
         if options.dtype == "float16":
-            raise ValueError("forecasters train in float32 or bfloat16 (autocast), not float16")
-        for name in ("epochs", "stride", "width", "season"):
-            if self.setting(options, name) < 0:
-                raise ValueError(f"setting {name} must be 0 (chosen by effort and data) or more")
+            raise ValueError("forecasters: models train in float32 or bfloat16 (autocast), not float16")
+        for name, least in {"epochs": 1, "stride": 1, "width": 1, "season": 0}.items():
+            if self.setting(options, name) < least:
+                raise ValueError(
+                    f"forecasters: setting {name} must be at least {least}, got {self.setting(options, name)}"
+                )
         if min(self.setting(options, "variates"), default=0) < 1:
-            raise ValueError("setting variates must be numbers of series from 1 up, for example 8,32,128")
+            raise ValueError("forecasters: setting variates must be numbers of series from 1 up, for example 8,32,128")
         for name in self.chosen(options):  # a wrong length or width shows here
             self._forecaster(name, options, season=1)
         frame = self._frame(options)
@@ -139,7 +143,7 @@ class Forecasters(Comparison):
         demo = options.effort == "demo"
         settings: dict[str, Any] = {}
         if name in WIDE:
-            settings["d_model"] = self.setting(options, "width") or (64 if demo else 256)
+            settings["d_model"] = self.setting(options, "width")
             settings["num_attention_heads"] = 8
         if name == "seasonal-naive":
             settings["season_length"] = season
@@ -152,17 +156,14 @@ class Forecasters(Comparison):
             context_length=self.setting(options, "context_length"),
             prediction_length=self.setting(options, "prediction_length"),
             split=self._split(options),
-            epochs=self.setting(options, "epochs") or (1 if demo else 10),
-            stride=self._stride(options),
+            epochs=self.setting(options, "epochs"),
+            stride=self.setting(options, "stride"),
             seed=2023 + options.seed,
             device=options.device,
             dtype="bfloat16" if options.dtype == "bfloat16" else "float32",
             batch_size=BATCH,
             **settings,
         )
-
-    def _stride(self, options: Options) -> int:
-        return self.setting(options, "stride") or (4 if options.effort == "demo" else 1)
 
     def _own(self, options: Options) -> Forecaster:
         from tokenry.series import Forecaster
@@ -198,7 +199,7 @@ class Forecasters(Comparison):
         if options.model is not None:
             results[OWN] = session.step(f"{OWN}/test", lambda: self._test(self._own(options), frame, options))
         train_rows = len(self._forecaster("rlinear", options, season).training_windows(len(table)))
-        steps = max(train_rows // self._stride(options) // BATCH, 1)
+        steps = max(train_rows // self.setting(options, "stride") // BATCH, 1)
         timed = session.step("speed", lambda: self._speed(names, options, season, table.shape[1]))
         rows = [self._row(name, results[name], results[self.baseline], timed.get(name), steps) for name in results]
         sweeps = [self._along_the_horizon(results), *self._growth(names, options, session, season)]
@@ -229,11 +230,11 @@ class Forecasters(Comparison):
         return session.step(f"{name}/test", test)
 
     def _test(self, forecaster: Forecaster, frame: pd.DataFrame, options: Options) -> dict[str, Any]:
-        errors = forecaster.evaluate(frame, stride=self._stride(options))
+        errors = forecaster.evaluate(frame, stride=self.setting(options, "stride"))
         return {**errors, "parameters": forecaster.num_parameters, "epochs": len(forecaster.history)}
 
     def _speed(self, names: list[str], options: Options, season: int, series: int) -> dict[str, dict[str, list[float]]]:
-        """Seconds of one training step and of one batch of forecasts: low, median, high."""
+        """Seconds of one training step and of one batch of forecasts: median, spread."""
         trains, predicts = {}, {}
         for name in names:
             train, predict, trained = self._calls(name, options, season, series, BATCH)
@@ -246,12 +247,11 @@ class Forecasters(Comparison):
         found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
         for part, timings in (("predict", predicted), ("train", stepped)):
             for name, timing in timings.items():
-                found[name][part] = [timing.low, timing.median, timing.high]
+                found[name][part] = [timing.median, timing.spread]
         return found
 
     def _calls(self, name: str, options: Options, season: int, series: int, batch: int) -> tuple[Any, Any, bool]:
-        import inspect
-
+        """A training step and a batch of forecasts on random values, as calls; whether there is something to train."""
         import torch
 
         torch.manual_seed(options.seed)
@@ -284,8 +284,6 @@ class Forecasters(Comparison):
         """Seconds of a training step (4 windows) against the number of series."""
         swept = [name for name in SWEPT if name in names]
         sizes = sorted(set(self.setting(options, "variates")))
-        if options.effort == "demo" and "variates" not in options.settings:
-            sizes = sizes[:-1]
         if not swept or len(sizes) < 2:
             return []
         points: dict[str, list[tuple[float, float]]] = {name: [] for name in swept}
@@ -350,18 +348,18 @@ class Forecasters(Comparison):
             "predict_ms": None,
         }
         if timed and "train" in timed:
-            low, median, high = timed["train"]
-            row |= {"epoch_seconds": median * steps, "epoch_seconds_spread": (high - low) * steps}
+            median, spread = timed["train"]
+            row |= {"epoch_seconds": median * steps, "epoch_seconds_spread": spread * steps}
         if timed and "predict" in timed:
-            low, median, high = timed["predict"]
-            row |= {"predict_ms": median * 1000, "predict_ms_spread": (high - low) * 1000}
+            median, spread = timed["predict"]
+            row |= {"predict_ms": median * 1000, "predict_ms_spread": spread * 1000}
         return row
 
     def _notes(
         self, options: Options, rows: list[dict[str, Any]], season: int, results: dict[str, dict[str, Any]]
     ) -> list[str]:
         context, horizon = self.setting(options, "context_length"), self.setting(options, "prediction_length")
-        windows, stride = results[self.baseline]["windows"], self._stride(options)
+        windows, stride = results[self.baseline]["windows"], self.setting(options, "stride")
         data = (
             "ETTh1 (embedded), its standard split"
             if options.data is None
@@ -372,10 +370,11 @@ class Forecasters(Comparison):
             "scaled by the training rows, on the same windows for all.",
             "Training time per epoch is the median step, measured turn by turn, times the steps of an epoch.",
         ]
-        if stride > 1 or options.effort == "demo":
+        if stride > 1:
+            notes.append(f"Only one window of {stride} is trained on and tested; published tables take every one.")
+        if options.effort == "demo":
             notes.append(
-                f"Shortened: every {stride}th window only, for training and testing, "
-                f"{self.setting(options, 'epochs') or 1} epoch(s), small width. Published tables need the full run."
+                f"Demonstration: {self.setting(options, 'epochs')} epoch(s), small models. Published tables need the full run."
             )
         by_name = {row["method"]: row for row in rows}
         worse = [row["method"] for row in rows if row["ratio"] > 1]

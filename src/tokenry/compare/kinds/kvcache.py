@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,9 +26,13 @@ __all__ = ["KVCache"]
 FULL = "full cache"
 EMS = "EMS"
 TIDAL = "TidalDecode, read only"
+POOL = 7  # neighbours that SnapKV averages over, as published; the local score does without
 START = 1  # the first layer that selects
 SLUGS = {EMS: "ems", "EMS, no merging": "ems", TIDAL: "tidaldecode"}
 STEPS = 8  # tokens per timed call
+RETRIEVER = "retriever"  # the embedded model that finds needles; the small one does not
+NEEDLE, CUE = 12, 9  # tokens, and how many of them are said again
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of needles, in parts of the context
 
 
 def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) -> Cache:
@@ -43,6 +47,7 @@ def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) ->
         "EMS, no merging": lambda: kvcache.EMSCache(config, budget, window, merge_ratio=0.0),
         "global score only": lambda: kvcache.GlobalCache(config, budget, window),
         "H2O": lambda: kvcache.H2OCache(config, budget, window),
+        "SnapKV": lambda: kvcache.SnapKVCache(config, budget, window, POOL),
         "SnapKV-like (local)": lambda: kvcache.SnapKVCache(config, budget, window),
         "expected attention": lambda: kvcache.ExpectedAttentionCache(config, budget, window=window),
         "TOVA": lambda: kvcache.TOVACache(config, budget, window),
@@ -75,7 +80,7 @@ def readings(model: Any, budget: int) -> dict[str, Callable[[], AbstractContextM
 
 READ_ONLY = [TIDAL, "window, read only", "each layer's own best, read only"]
 NAMES = [
-    FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV-like (local)", "expected attention", "TOVA", "KeyDiff",
+    FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV", "SnapKV-like (local)", "expected attention", "TOVA", "KeyDiff",
     "key norm", "sinks and recent", "sliding window", *READ_ONLY,
 ]  # fmt: skip
 
@@ -118,6 +123,7 @@ class KVCache(Comparison):
         Column(key="against", title="divergence minus EMS's", unit="nats", better="lower"),
         Column(key="agreement", title="same top token", unit="%", better="higher"),
         Column(key="loss", title="loss of the true text", unit="nats/token", better="lower", digits=4),
+        Column(key="needle", title="needle found", unit="%", better="higher"),
         Column(key="bytes", title="cache after the prompt", unit="KiB per text", better="lower"),
         Column(key="saved", title="cache is smaller by", unit="x", better="higher"),
         Column(key="read", title="reading the prompt, full cache = 1", unit="x", better="lower"),
@@ -139,6 +145,7 @@ class KVCache(Comparison):
         "context": 0,
         "following": 32,
         "passages": 0,
+        "needles": 0,
         "timing_context": 0,
         "lengths": [0],
     }
@@ -154,6 +161,7 @@ class KVCache(Comparison):
             "budgets": [32] if demo else [24, 48, 96],
             "context": 128 if demo else 256,
             "passages": 8 if demo else 48,
+            "needles": 4 if demo else 16,
             "timing_context": 512 if demo else 960,
             "lengths": [128, 256, 512] if demo else [128, 256, 512, 960],
         }
@@ -176,27 +184,32 @@ class KVCache(Comparison):
                     f"kvcache: budget {budget} keeps all of a context of {plan['context']} tokens; "
                     "give smaller budgets or a longer context"
                 )
-        for name in ("following", "passages"):
+        if plan["context"] < NEEDLE + CUE:
+            raise ValueError(
+                f"kvcache: a context must hold a needle and the question for it, {NEEDLE + CUE} tokens at least; got "
+                f"{plan['context']}"
+            )
+        for name in ("following", "passages", "needles"):
             if plan[name] < 2:
                 raise ValueError(f"kvcache: {name} must be at least 2, got {plan[name]}")
         read_texts(options.data)
 
     def run(self, options: Options, session: Session) -> Outcome:
-        """Predictions at every budget, then times, then growth with the length of the prompt."""
+        """Predictions and needles at every budget, then times, then growth with the length of the prompt."""
         plan, names = self.plan(options), self.chosen(options)
-        loaded: list[tuple[PreTrainedModel, Any]] = []
 
-        def model() -> tuple[PreTrainedModel, Any]:
-            if not loaded:
-                loaded.append(load_model(options.model or "small", dtype=options.dtype, device=options.device))
-            return loaded[0]
+        @cache
+        def model(embedded: str = "small") -> tuple[PreTrainedModel, Any]:
+            return load_model(options.model or embedded, dtype=options.dtype, device=options.device)
 
         rows: list[dict[str, Any]] = []
         worse: dict[int, dict[str, tuple[float, float]]] = {}
+        depths: dict[int, dict[str, list[float]]] = {}
         for budget in plan["budgets"]:
             quality = session.step(f"predictions/{budget}", partial(_predictions, model, names, budget, plan, options))
+            needles = session.step(f"needles/{budget}", partial(_needles, model, names, budget, plan, options))
             times = session.step(f"times/{budget}", partial(_times, model, names, budget, plan, options))
-            worse[budget] = {}
+            worse[budget], depths[budget] = {}, needles
             for name in names:
                 if name == FULL and rows:
                     continue
@@ -209,6 +222,7 @@ class KVCache(Comparison):
                     "divergence_spread": _half_width(figures["kl"]),
                     "agreement": 100 * statistics.fmean(figures["agreement"]),
                     "loss": statistics.fmean(figures["loss"]),
+                    "needle": statistics.fmean(needles[name]),
                     "bytes": time["bytes"] / 1024,
                     "saved": times[FULL]["bytes"] / time["bytes"],
                 }
@@ -221,7 +235,7 @@ class KVCache(Comparison):
                     row[f"{key}_spread"] = (time[key]["high"] - time[key]["low"]) / 2 / times[FULL][key]["median"]
                 rows.append(row)
         budget = plan["budgets"][0]
-        sweeps = self._sweeps(model, names, budget, plan, options, session)
+        sweeps = [_by_depth(depths[budget], budget), *self._sweeps(model, names, budget, plan, options, session)]
         examples = session.step("examples", partial(_examples, model, names, budget, plan, options))
         return Outcome(rows=rows, sweeps=sweeps, notes=_notes(plan, worse, rows, options), examples=examples)
 
@@ -262,11 +276,10 @@ def _half_width(values: list[float]) -> float:
     return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _passages(model: Any, length: int, limit: int, options: Options) -> Tensor:
+def _passages(tokenizer: Any, length: int, limit: int, options: Options) -> Tensor:
     """``[P, length]`` token ids; a long text gives several passages, each text's first before any second."""
     import torch
 
-    tokenizer = model()[1]
     pieces: list[tuple[int, list[int]]] = []
     for text in read_texts(options.data):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -280,26 +293,56 @@ def _passages(model: Any, length: int, limit: int, options: Options) -> Tensor:
     return torch.tensor([ids for _, ids in pieces[:limit]])
 
 
+def _fidelities(network: Any, tokens: Tensor, names: list[str], budget: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """A ``Fidelity`` per name."""
+    from tokenry.kvcache import cache_fidelity, reading_fidelity
+
+    evicting = [n for n in names if n != FULL and n not in READ_ONLY]
+    makers = {n: partial(make_cache, n, network.config, budget, plan["window"]) for n in evicting}
+    found = cache_fidelity(network, tokens, plan["context"], makers)
+    sparse = {n: make for n, make in readings(network, budget).items() if n in names}
+    if sparse:
+        read = reading_fidelity(network, tokens, plan["context"], sparse)
+        found |= {n: f for n, f in read.items() if n in sparse}
+    found[FULL] = found.pop("full")
+    return found
+
+
 def _predictions(
     model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options
 ) -> dict[str, dict[str, list[float]]]:
-    from tokenry.kvcache import cache_fidelity, reading_fidelity
-
-    found_model = model()[0]
-    tokens = _passages(model, plan["context"] + plan["following"] + 1, plan["passages"], options)
-    evicting = [n for n in names if n != FULL and n not in READ_ONLY]
-    makers = {n: partial(make_cache, n, found_model.config, budget, plan["window"]) for n in evicting}
-    found = cache_fidelity(found_model, tokens, plan["context"], makers)
-    sparse = {n: make for n, make in readings(found_model, budget).items() if n in names}
-    if sparse:
-        found |= {
-            n: f for n, f in reading_fidelity(found_model, tokens, plan["context"], sparse).items() if n in sparse
-        }
-    found[FULL] = found.pop("full")
+    network, tokenizer = model()
+    tokens = _passages(tokenizer, plan["context"] + plan["following"] + 1, plan["passages"], options)
     return {
         name: {"kl": f.divergence.tolist(), "agreement": f.agreement.tolist(), "loss": f.loss.tolist()}
-        for name, f in found.items()
+        for name, f in _fidelities(network, tokens, names, budget, plan).items()
     }
+
+
+def _needles(
+    model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options
+) -> dict[str, list[float]]:
+    """Percentage of needle tokens named, for each of ``DEPTHS``."""
+    from tokenry.kvcache import passkey_tokens, plant_needles
+
+    network, tokenizer = model(RETRIEVER)
+    passages = _passages(tokenizer, plan["context"], plan["needles"], options)
+    tokens = plant_needles(passages, DEPTHS, passkey_tokens(tokenizer), length=NEEDLE, cue=CUE, seed=options.seed)
+    found = _fidelities(network, tokens, names, budget, plan)
+    return {name: (100 * f.correct.view(-1, len(DEPTHS)).mean(0)).tolist() for name, f in found.items()}
+
+
+def _by_depth(found: dict[str, list[float]], budget: int) -> Sweep:
+    return Sweep(
+        title="Needles found, by their place",
+        x="depth of the needle (0: the context begins with it)",
+        y="%",
+        points={name: list(zip(DEPTHS, shares, strict=True)) for name, shares in found.items()},
+        log_x=False,
+        log_y=False,
+        caption=f"Passkeys planted in the text, {budget} entries per head kept; three quarters are said again at the end, "
+        "and the model is to go on.",
+    )
 
 
 def _times(model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -348,7 +391,7 @@ def _examples(model: Any, names: list[str], budget: int, plan: dict[str, Any], o
     import torch
 
     network, tokenizer = model()
-    ids = _passages(model, plan["context"], 2, options)[:1].to(network.device)
+    ids = _passages(tokenizer, plan["context"], 2, options)[:1].to(network.device)
     found = {"the end of the prompt": tokenizer.decode(ids[0, -48:])}
     for name in names:
         cache = make_cache(name, network.config, budget, plan["window"])
@@ -387,6 +430,14 @@ def _notes(
         notes.append(f"A new token takes longer than with the full cache under: {', '.join(slower)}.")
     if options.effort == "demo":
         notes.append("A short run: few passages, so the intervals are wide. The full run settles more.")
+    whole = rows[0]["needle"]
     if options.model is None:
         notes.append("The embedded model is small and uses little of a long context; run it with your own (--model).")
+        notes.append(
+            "It finds no needles either: they are looked for by the embedded model retriever, which was trained to."
+        )
+    elif whole < 50:
+        notes.append(
+            f"With its full cache the model finds {whole:.0f} % of the needles: the others can be told little by."
+        )
     return notes

@@ -26,11 +26,11 @@ class Losses(Comparison):
     question: ClassVar[str] = "How much memory and time do a language model's loss and its gradients take?"
     baseline: ClassVar[str] = "dense"
     columns: ClassVar[list[Column]] = [
-        Column(key="seconds", title="loss + backward", unit="s", better="lower"),
-        Column(key="ratio", title="time against dense", unit="x", better="lower"),
-        Column(key="memory", title="peak extra memory", unit="MiB", better="lower", digits=4),
-        Column(key="less", title="memory saved", unit="x", better="higher"),
-        Column(key="error", title="gradient error against float64", better="lower", digits=2),
+        Column(key="seconds", title="Loss + backward", unit="s", better="lower"),
+        Column(key="ratio", title="Time against dense", unit="x", better="lower"),
+        Column(key="memory", title="Peak extra memory", unit="MiB", better="lower", digits=4),
+        Column(key="less", title="Memory saved", unit="x", better="higher"),
+        Column(key="error", title="Gradient error against float64", better="lower", digits=2),
     ]
     plots: ClassVar[list[Plot]] = [
         Plot(
@@ -48,6 +48,7 @@ class Losses(Comparison):
         "softcap": 0.0,
         "vocab_sweep": [8000, 16_000, 32_000, 64_000, 128_000],
     }
+    demo: ClassVar[dict[str, Any]] = {"tokens": 512, "vocab": 64_000, "vocab_sweep": [8000, 16_000, 32_000]}
 
     def methods(self) -> list[str]:
         """Everything that can be compared."""
@@ -74,12 +75,8 @@ class Losses(Comparison):
         return None
 
     def _sizes(self, options: Options) -> tuple[int, int, int, list[int]]:
-        n, v, d = (self.setting(options, key) for key in ("tokens", "vocab", "dim"))
-        sweep = self.setting(options, "vocab_sweep")
-        if options.effort == "demo":
-            n = n if "tokens" in options.settings else 512
-            v = v if "vocab" in options.settings else 64_000
-            sweep = sweep if "vocab_sweep" in options.settings else [8000, 16_000, 32_000]
+        """Tokens N, vocabulary V, dimension D, and the vocabularies of the growth."""
+        n, v, d, sweep = (self.setting(options, name) for name in ("tokens", "vocab", "dim", "vocab_sweep"))
         return n, v, d, sweep
 
     def check(self, options: Options) -> None:
@@ -97,7 +94,9 @@ class Losses(Comparison):
         if self.setting(options, "softcap") < 0:
             raise ValueError("losses: softcap must be positive, or 0 for none")
         if options.model is not None or options.data is not None:
-            raise ValueError("losses takes no model or data; set tokens, vocab, dim and softcap to your model's sizes")
+            raise ValueError(
+                "losses: no model or data is asked for; set tokens, vocab, dim and softcap to your model's sizes"
+            )
 
     def run(self, options: Options, session: Session) -> Outcome:
         """The table at one size, then the growth with the vocabulary."""
@@ -150,11 +149,13 @@ class Losses(Comparison):
 
     def _notes(self, options: Options, rows: list[dict[str, Any]], n: int, v: int, d: int) -> list[str]:
         notes = [
-            f"{n} tokens, {v} vocabulary entries, dimension {d}, {options.dtype}; peaked inputs, as a trained model's. "
+            f"{n} tokens, {v:,} vocabulary entries, dimension {d}, {options.dtype}; peaked inputs, as a trained model's. "
             "Memory is what loss and backward hold above the inputs, gradients included."
         ]
         if options.effort == "demo":
-            notes.append("Demonstration sizes; the full run measures 2048 tokens and 128,000 entries.")
+            notes.append(
+                f"Demonstration; the full run measures {self.settings['tokens']} tokens and {self.settings['vocab']:,} entries."
+            )
         notes += [
             f"{row['method']} is slower than the dense loss here ({row['ratio']:.2f}x)."
             for row in rows
@@ -208,7 +209,7 @@ class Losses(Comparison):
         times = interleave(calls, repeats=repeats, warmup=1, device=options.device)
         for name in names:
             found[name]["seconds"] = times[name].median
-            found[name]["spread"] = (times[name].high - times[name].low) / 2
+            found[name]["spread"] = times[name].spread
             found[name]["memory"] = max(0.01, peak_extra_memory(calls[name], device=options.device) / 2**20)
         return found
 

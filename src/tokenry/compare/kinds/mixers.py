@@ -79,7 +79,7 @@ class Mixers(Comparison):
         """Refuse unknown mixers, sizes that leave no tokens, data without labels."""
         super().check(options)
         if options.model is not None:
-            raise ValueError("mixers: a model is not asked for; the skeleton is set by dims, depths and side")
+            raise ValueError("mixers: no model is asked for; the skeleton is set by dims, depths and side")
         for name in ("seeds", "epochs", "train_images", "batch", "sweep_dim"):
             if self.setting(options, name) < 1:
                 raise ValueError(f"mixers: setting {name} must be at least 1, got {self.setting(options, name)}")
@@ -102,7 +102,8 @@ class Mixers(Comparison):
         names = self.chosen(options)
         seeds = [options.seed + i for i in range(self.setting(options, "seeds"))]
         rows: dict[str, dict[str, Any]] = {}
-        facts = session.step("data", bench.facts)
+        images = "larger/" if bench.source != options.data else ""  # steps with other images are other steps
+        facts = session.step(f"{images}data", bench.facts)
         for name in names:
             slug = next((found.slug for found in cards().values() if name in found.mixers), None)
             rows[name] = {"method": name, **({"slug": slug} if slug else {})}
@@ -110,7 +111,7 @@ class Mixers(Comparison):
         trained: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for seed in seeds:
             for name in names:
-                result = session.step(f"train/{name}/seed{seed}", lambda n=name, s=seed: bench.train(n, s))
+                result = session.step(f"{images}train/{name}/seed{seed}", lambda n=name, s=seed: bench.train(n, s))
                 trained[name].append(result)
         speed = session.step("speed", lambda: bench.speed(names, facts["classes"]))
         sides = self.setting(options, "sides")
@@ -223,15 +224,20 @@ class _Bench:
         self.images = cache(self._images)
         self.skipped: list[str] = []
 
-    def _images(self) -> Images:
-        from tokenry.assets import cifar10_sample, external
-        from tokenry.vision.image_training import Images
-        from tokenry.vision.labelled_images import check_labelled_images, read_labelled_images
+    @property
+    def source(self) -> str | None:
+        """The user's data; without, and in a full run, the larger set where it is at hand; None: the embedded sample."""
+        from tokenry.assets import external
 
-        side, most = self.setting("side"), self.setting("train_images")
-        source = self.options.data
-        if source is None and self.options.effort == "full" and (larger := external("cifar10")) is not None:
-            source = str(check_labelled_images(larger))
+        larger = external("cifar10") if self.options.data is None and self.options.effort == "full" else None
+        return str(larger) if larger else self.options.data
+
+    def _images(self) -> Images:
+        from tokenry.assets import cifar10_sample
+        from tokenry.vision.image_training import Images
+        from tokenry.vision.labelled_images import read_labelled_images
+
+        side, most, source = self.setting("side"), self.setting("train_images"), self.source
         if source is None and side == 32:
             train, test = cifar10_sample("train"), cifar10_sample("test")
         elif source is None:

@@ -168,7 +168,7 @@ class Tokenizers(Comparison):
             return {}
         repeats = min(options.repeats, 2) if options.effort == "demo" else options.repeats
         timings = _quietly(lambda: interleave(ways, repeats=repeats))
-        return {method: [timing.median, timing.high - timing.low] for method, timing in timings.items()}
+        return {method: [timing.median, timing.spread] for method, timing in timings.items()}
 
     def _row(self, method: str, runs: list[dict[str, Any]], times: dict[str, Any]) -> dict[str, Any]:
         from tokenry.tokenization import log10_mse
@@ -258,7 +258,7 @@ class Tokenizers(Comparison):
             "TEE is fitted on the other mixtures; the others need no tokenizer of known mixture.",
         ]
         if options.effort == "demo":
-            notes.append("Demo: less text and fewer mixtures than the full run.")
+            notes.append("Demonstration: less text and fewer mixtures than the full run.")
         by_name = {row["method"]: row for row in rows}
         if MIXTURE in by_name:
             better = [r["method"] for r in rows if r["error"] < by_name[MIXTURE]["error"] and r["method"] != MIXTURE]

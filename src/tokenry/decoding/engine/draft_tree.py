@@ -12,7 +12,7 @@ one tree serves every pass and every row of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -138,8 +138,9 @@ class DraftTree:
         return cls(parent, rank=rank, **kwargs)
 
     @classmethod
-    def chain(cls, length: int, **kwargs: Any) -> DraftTree:
-        """A chain of ``length`` drafted tokens after the root; 0 gives plain decoding.
+    @cache
+    def chain(cls, length: int) -> DraftTree:
+        """A chain of ``length`` drafted tokens after the root; 0 gives plain decoding. Made once for each length.
 
         Example:
             >>> DraftTree.chain(3).depth.tolist()
@@ -147,7 +148,7 @@ class DraftTree:
         """
         if length < 0:
             raise ValueError(f"a chain has 0 or more tokens, got {length}")
-        return cls(range(-1, length), **kwargs)
+        return cls(range(-1, length))
 
     def mask(self, length: int, dtype: torch.dtype) -> Tensor:
         """Additive attention mask ``(1, 1, T, length + T)`` behind ``length`` cached positions."""

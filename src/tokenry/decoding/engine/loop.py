@@ -22,10 +22,11 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tokenry.decoding.engine.acceptance import Accepted, accept_greedy, accept_walk
+from tokenry.decoding.engine.decoder_blocks import check_positions
 from tokenry.decoding.engine.draft_cache import DraftCache
 from tokenry.decoding.engine.output import DecodingOutput, KeptScores
 from tokenry.decoding.engine.state import DecodingState
-from tokenry.decoding.engine.stopping import RowProcessors, RowStopping
+from tokenry.decoding.engine.stopping import NO_LIMIT, RowProcessors, RowStopping
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from tokenry.decoding.engine.strategy import DraftStrategy
 
-__all__ = ["check_decoding", "commit", "decode", "start_decoding"]
+__all__ = ["check_decoding", "check_reach", "commit", "decode", "start_decoding"]
 
 
 def decode(
@@ -54,6 +55,7 @@ def decode(
     state, pending, mask = start_decoding(model, input_ids, logits_processor, config, stopping.max_length, model_kwargs)
     processors = RowProcessors(state)
     plain_greedy = not state.do_sample and not logits_processor
+    check_reach(model, state)
     keep = KeptScores(config)
     strategy.stats = state.stats
     if streamer is not None:
@@ -101,7 +103,6 @@ def decode(
     if streamer is not None:
         streamer.end()
     state.stats.tokens = sum(state.lengths) - state.prompt_length * state.batch_size
-    state.stats.seconds = time.perf_counter() - began
     if not config.return_dict_in_generate:
         return sequences
     steps = sequences.shape[1] - state.prompt_length
@@ -117,6 +118,8 @@ def check_decoding(
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; draft trees need a decoder-only causal language model")
+    if input_ids.shape[0] == 0:
+        raise ValueError("the batch is empty: give at least one prompt")
     if model_kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
         raise ValueError("draft trees need the prompt as input_ids with at least one token, not as inputs_embeds")
     if (config.num_beams or 1) > 1:
@@ -147,6 +150,15 @@ def check_decoding(
     cache = model_kwargs.get(CACHE)
     if cache is None or not hasattr(cache, "layers"):
         raise ValueError(f"draft trees need a DynamicCache, got {type(cache).__name__}; leave {CACHE} unset")
+
+
+def check_reach(model: PreTrainedModel, state: DecodingState) -> None:
+    """Refuse a text that a model's learned table of positions does not reach.
+
+    Passes clamp positions to the table, for drafts that are thrown away; a text that is too long would be read wrongly.
+    """
+    new = 1 if state.budget == NO_LIMIT else state.budget - state.prompt_length
+    check_positions(model, int(state.position.max()) + 1, new)
 
 
 def start_decoding(

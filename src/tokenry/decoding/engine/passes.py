@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenry.decoding.engine.decoder_blocks import learned_positions
 from tokenry.kernels.tree_attention import tree_mask
 from tokenry.layers.cache_argument import CACHE
 
@@ -30,10 +31,9 @@ class Passes:
         self.model, self.state, self.mask = model, state, mask
         self.dtype = model.dtype
         self.keeps_logits = model._supports_logits_to_keep()
-        config = model.config.get_text_config(decoder=True)
-        # A learned position table ends. Nodes behind its end lie behind the budget as well and are never emitted.
-        learned = getattr(config, "rope_parameters", None) is None
-        self.last_position = getattr(config, "max_position_embeddings", None) if learned else None
+        positions = learned_positions(model.config)
+        # Nodes behind the end of a table of positions lie behind the budget as well and are never emitted.
+        self.last_position = None if positions is None else positions - 1
 
     def prefill(self, pending: Tensor, *, all_logits: bool) -> Tensor:
         """Run prompt tokens ``(B, N)`` that the cache lacks; returns logits ``(B, N or 1, V)``."""
@@ -58,7 +58,7 @@ class Passes:
         length = state.cache.length
         positions = state.position if tree.size == 1 else state.position + tree.depth  # (B, T)
         if self.last_position is not None:
-            positions = positions.clamp_max(self.last_position - 1)
+            positions = positions.clamp_max(self.last_position)
         if state.start is not None or any(n != length for n in state.cached):
             cached = torch.tensor(state.cached, device=state.device)
             start = torch.zeros_like(cached) if state.start is None else state.start
@@ -84,7 +84,7 @@ class Passes:
         """
         state, n = self.state, pending.shape[1] + nodes
         behind = torch.arange(n, device=pending.device) - pending.shape[1]
-        positions = (state.position + behind).clamp(0, None if self.last_position is None else self.last_position - 1)
+        positions = (state.position + behind).clamp(0, self.last_position)
         mask = self.mask  # reaches to the root
         if mask is not None:
             mask = functional.pad(mask, (0, max(nodes - 1, 0)), value=1)[:, : state.cache.length + n]

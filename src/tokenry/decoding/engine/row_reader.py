@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tokenry.decoding.engine.decoder_blocks import learned_positions
 from tokenry.layers.cache_argument import CACHE
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ class RowReader:
         self.cached = [max(filled, first) for first in self.start]
         self._capacity = 0
         self._keeps_logits = self.model._supports_logits_to_keep()
-        text = model.config.get_text_config(decoder=True)
-        learned = getattr(text, "rope_parameters", None) is None
-        self._last_position = getattr(text, "max_position_embeddings", None) if learned else None
+        self._positions = learned_positions(model.config)
         self._reserve(filled)
         layers = []
         for plain in self.cache.layers:
@@ -162,8 +161,8 @@ class RowReader:
             dtype = self.model.dtype
             mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
             mask = mask[:, None]
-        if self._last_position is not None:  # drafts may reach behind a learned table; they are never emitted
-            positions = positions.clamp_max(self._last_position - 1)
+        if self._positions is not None:  # drafts may reach behind a learned table; they are never emitted
+            positions = positions.clamp_max(self._positions - 1)
         logits = self.model(
             input_ids=tokens,
             attention_mask=mask,

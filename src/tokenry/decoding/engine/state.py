@@ -38,6 +38,11 @@ class Proposal:
     draft_probs: Tensor | None = None
     embeds: Tensor | None = None
 
+    @classmethod
+    def plain(cls, state: DecodingState) -> Proposal:
+        """Nothing is drafted: the root alone, one step of plain decoding."""
+        return cls(DraftTree.chain(0).to(state.device), state.root)
+
 
 @dataclass
 class DecodingState:

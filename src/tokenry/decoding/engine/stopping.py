@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RowProcessors", "RowStopping"]
 
+NO_LIMIT = 1 << 40  # as a length: longer than any text
 # These look at the scores alone: all rows can be asked at once, without a prefix.
 PREFIX_FREE = (
     lp.TemperatureLogitsWarper,
@@ -90,7 +91,7 @@ class RowStopping:
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.max_length = min(limits) if limits else 1 << 40
+        self.max_length = min(limits) if limits else NO_LIMIT
         self.stop_tokens = {
             int(t) for c in criteria if type(c) is EosTokenCriteria for t in torch.as_tensor(c.eos_token_id).flatten()
         }

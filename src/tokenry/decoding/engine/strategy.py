@@ -49,7 +49,7 @@ class DraftStrategy:
         return Passes(state.model, state, mask)
 
     def propose(self, state: DecodingState) -> Proposal:
-        """The draft for the next pass; ``Proposal(DraftTree.chain(0), state.root)`` is plain decoding."""
+        """The draft for the next pass; ``Proposal.plain(state)`` drafts nothing."""
         raise NotImplementedError(f"{type(self).__name__} must override propose")
 
     def observe(self, state: DecodingState, proposal: Proposal, logits: Tensor, accepted: Accepted) -> None:

@@ -17,7 +17,7 @@ from statistics import median
 from tokenry.decoding.engine.draft_tree import DraftTree
 from tokenry.decoding.engine.latency import PassLatency
 
-__all__ = ["PassCosts", "TreeSizes"]
+__all__ = ["TreeSizes"]
 
 MARGIN = 1.04  # a tree must promise this gain over plain decoding
 BATCH_MARGIN = 1.25  # in a batch: ragged rows cost masks of their own from then on, and estimates per row are rougher
@@ -25,36 +25,7 @@ MEMORY = 0.94  # weight of the past per simulated pass: about the last sixteen c
 ENOUGH = 3.0  # simulated passes before an estimate is believed
 
 
-class PassCosts:
-    """Seconds of a pass per candidate: the latency curve, corrected by what passes really took.
-
-    Args:
-        latency: Seconds per pass.
-        nodes: Nodes of each candidate besides the root; the first candidate is plain decoding.
-    """
-
-    def __init__(self, latency: PassLatency, nodes: Sequence[int]) -> None:
-        self.latency = latency
-        self.nodes = list(nodes)
-        self._load: deque[float] = deque(maxlen=9)
-        self._correction: list[deque[float]] = [deque(maxlen=15) for _ in self.nodes]
-
-    def took(self, size: int, seconds: float) -> None:
-        """A pass with candidate ``size`` took so long, everything around it included."""
-        factor = seconds / self.latency.at(self.nodes[size] + 1)
-        self._load.append(factor)
-        self._correction[size].append(factor / median(self._load))
-
-    def cost(self, size: int) -> float:
-        """Seconds of a pass: the curve's, corrected by how passes of this size compared with the ones around them.
-
-        The machine's load of the moment hits all sizes alike and stays out of the comparison.
-        """
-        seen = self._correction[size]
-        return self.latency.at(self.nodes[size] + 1) * (median(seen) if len(seen) >= 3 else 1.0)
-
-
-class TreeSizes(PassCosts):
+class TreeSizes:
     """Nested trees, what they cost and what they win.
 
     Args:
@@ -71,7 +42,10 @@ class TreeSizes(PassCosts):
     """
 
     def __init__(self, paths: Sequence[Sequence[int]], latency: PassLatency, nodes: Sequence[int]) -> None:
-        super().__init__(latency, [n for n in nodes if n <= len(paths)])
+        self.latency = latency
+        self.nodes = [n for n in nodes if n <= len(paths)]
+        self._load: deque[float] = deque(maxlen=9)
+        self._correction: list[deque[float]] = [deque(maxlen=15) for _ in self.nodes]
         self.trees = [DraftTree.from_paths(sorted(paths[:n], key=lambda path: (len(path), path))) for n in self.nodes]
         self._next: dict[tuple[int, int], int] = {}  # (node, rank) -> node of the largest tree
         self._needs = [0]  # smallest candidate that holds the node
@@ -113,6 +87,20 @@ class TreeSizes(PassCosts):
                 break
             matched += 1
         return matched
+
+    def took(self, size: int, seconds: float) -> None:
+        """A pass with candidate ``size`` took so long, everything around it included."""
+        factor = seconds / self.latency.at(self.nodes[size] + 1)
+        self._load.append(factor)
+        self._correction[size].append(factor / median(self._load))
+
+    def cost(self, size: int) -> float:
+        """Seconds of a pass: the latency curve's, corrected by how passes of this size compared with the ones around them.
+
+        The machine's load of the moment hits all sizes alike and stays out of the comparison.
+        """
+        seen = self._correction[size]
+        return self.latency.at(self.nodes[size] + 1) * (median(seen) if len(seen) >= 3 else 1.0)
 
     def gain(self, size: int, rows: Sequence[int] = (0,)) -> float:
         """Expected speed of candidate ``size`` in multiples of plain decoding: the slowest row ends the batch."""
