@@ -1,43 +1,41 @@
-"""Make the picture of docs/drawing.md: super tokens and fields of influence over a photograph that scikit-learn ships.
+"""Make the pictures of docs/drawing.md and of the methods' pages: photographs, and below them what networks do with their tokens.
 
-python scripts/draw_token_pictures.py docs/images/tokens.jpg
+    TOKENRY_DATA=data python scripts/draw_token_pictures.py docs/images [NAME ...]
+
+Super tokens and influence are drawn with untrained networks over a photograph that scikit-learn ships. The other maps mean
+nothing before a network has learned something: they are drawn with small networks trained as those of the claims are, on
+CIFAR-10 (the shipped sample of it without TOKENRY_DATA), over photographs of its test part. Their weights are kept in
+build/token-pictures, so that only the first run trains.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_model, save_model
 from sklearn.datasets import load_sample_image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tokenry.vision import draw_tokens
+from tokenry.assets import cifar10_sample, external
+from tokenry.vision import DualTokenViT, TokensToToken, UniFormerLight, ViM2, draw_tokens, metaformer
+from tokenry.vision.image_training import Images, Training, train_classifier
+from tokenry.vision.labelled_images import read_labelled_images
+from tokenry.vision.uniformer_blocks import PatchEmbed
 
-SIDE, GAP = 336, 6
-# One row per entry: (model, what, layer, size at which the model runs)
-ROWS = [
-    [("stvit_small", "super_tokens", 0, 448), ("stvit_small", "super_tokens", 2, 448), ("stvit_small", "super_tokens", 7, 448)],
-    [("resnet18", "influence", 3, 224), ("transnext_micro", "influence", 2, 224), ("davit_tiny", "influence", 2, 224)],
-]  # fmt: skip
-
-
-def main(target: Path) -> None:
-    """Draw with untrained networks, side by side."""
-    flower = Image.fromarray(load_sample_image("flower.jpg")).crop((120, 0, 547, 427))
-    columns = max(len(row) for row in ROWS)
-    sheet = Image.new("RGB", (columns * (SIDE + GAP) - GAP, len(ROWS) * (SIDE + GAP) - GAP), "white")
-    for i, row in enumerate(ROWS):
-        for j, (name, what, layer, size) in enumerate(row):
-            torch.manual_seed(0)
-            own = {"zero_init_last": False} if name.startswith("resnet") else {}  # else its branches begin as nothing
-            model = timm.create_model(name, num_classes=2, **own).eval()
-            picture = draw_tokens(model, flower, what=what, layer=layer, size=size, query=(0.45, 0.45), strength=0.55)
-            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (j * (SIDE + GAP), i * (SIDE + GAP)))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(target, quality=85)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+WEIGHTS = Path("build/token-pictures")
+GAP = 4
+SIDE, COLUMNS = 132, 5  # of the sheets over photographs of CIFAR-10
+LARGE = 200  # of the sheets over one photograph
+TRAINING = Training(epochs=6, batch=64)
+PHOTOGRAPHS = (0, 1, 2, 3, 4)  # of the shipped test sample
+SMALL: dict[str, Any] = {"num_classes": 10, "img_size": 32}

@@ -91,6 +91,7 @@ def test_defaults_depend_on_effort():
     kind = comparison("backbones")
     assert kind.chosen(Options(effort="demo"))[0] == kind.baseline
     assert set(kind.chosen(Options())) > {"affnet_et", "identityformer_s12", "resnet18"}
+    assert kind.setting(Options(), "batch") == 32 > kind.setting(Options(effort="demo"), "batch")
     assert kind.setting(Options(effort="demo"), "sizes") == kind.demo["sizes"]
     assert kind.setting(Options(effort="demo", settings={"size": "96"}), "size") == 96
     assert {"affnet", "poolformer_s12"} <= set(kind.methods())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenry.assets import load_model, model_path, prompts
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_models import english, rows_of
+from tokenry.measure import count_passes
 
 if TYPE_CHECKING:
     from tokenry.decoding import DraftStrategy, ParallelPrompts
@@ -68,21 +69,13 @@ def looked_up(model: Any, inputs: list[Any], new: int = NEW_TOKENS, seed: int = 
     """The same for the library's own prompt lookup, which counts nothing itself."""
     import torch
 
-    passes = tokens = 0
-
-    def count(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-
-    hook = model.register_forward_pre_hook(count)
-    try:
+    tokens = 0
+    with count_passes(model) as passes:
         for i, x in enumerate(inputs):
             torch.manual_seed(seed + i)
             out = generate(model, x, new=new, prompt_lookup_num_tokens=10, **options)
             tokens += out.shape[1] - x["input_ids"].shape[1]
-    finally:
-        hook.remove()
-    return {"mean_accepted_length": tokens / passes}
+    return {"mean_accepted_length": tokens / passes.number}
 
 
 @measures("ppd", "accepted-length")

@@ -9,7 +9,7 @@ from typing import Any
 from tokenry.assets import held_out_texts, load_model
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.claims.small_models import english
-from tokenry.measure import interleave, paired_interval
+from tokenry.measure import count_passes, interleave, paired_interval
 
 K, PROMPT, NEW, PROMPTS = 3, 15, 10, 60
 
@@ -163,11 +163,6 @@ def passes_and_time(context: Context) -> Measurement:
     def one(k: int) -> dict[str, Any]:
         strategy = SuperposedDecoding(k, ngrams)
         nucleus = {"do_sample": True, "top_p": 0.9, "top_k": 0} | _options()
-        passes = 0
-
-        def count(*_: object) -> None:
-            nonlocal passes
-            passes += 1
 
         def superposed() -> None:
             for row in some:
@@ -186,13 +181,9 @@ def passes_and_time(context: Context) -> Measurement:
 
         counted = {}
         for name, call in {"superposed": superposed, "serial": serial}.items():
-            passes = 0
-            hook = model.register_forward_pre_hook(count)
-            try:
+            with count_passes(model) as passes:
                 call()
-            finally:
-                hook.remove()
-            counted[name] = passes / len(some)
+            counted[name] = passes.number / len(some)
         timings = interleave(
             {"superposed": superposed, "serial": serial, "batched": batched}, repeats=5, device=context.device
         )

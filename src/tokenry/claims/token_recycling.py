@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import load_model, prompts
 from tokenry.claims.registry import Context, Measurement, measures
+from tokenry.measure import count_passes
 
 if TYPE_CHECKING:
     from tokenry.decoding import DraftStrategy
@@ -30,18 +31,9 @@ def _generate(model: Any, inputs: Any, strategy: DraftStrategy | None = None, **
 
 def _counted(model: Any, inputs: Any, **options: Any) -> tuple[Any, int, int]:
     """Text, passes of the model, tokens emitted, for strategies that count nothing themselves."""
-    passes = 0
-
-    def count(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-
-    hook = model.register_forward_pre_hook(count)
-    try:
+    with count_passes(model) as passes:
         out = _generate(model, inputs, **options)
-    finally:
-        hook.remove()
-    return out, passes, out.shape[1] - inputs["input_ids"].shape[1]
+    return out, passes.number, out.shape[1] - inputs["input_ids"].shape[1]
 
 
 @measures("token-recycling", "lossless")

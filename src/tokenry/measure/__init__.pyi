@@ -1,4 +1,6 @@
+from .counting import Passes as Passes
 from .counting import count_macs as count_macs
+from .counting import count_passes as count_passes
 from .counting import peak_activations as peak_activations
 from .intervals import mean_interval as mean_interval
 from .intervals import paired_interval as paired_interval

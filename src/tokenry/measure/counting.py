@@ -1,16 +1,49 @@
-"""Counts that do not depend on the machine: multiply-accumulates, and bytes of living tensors at their peak."""
+"""Counts that do not depend on the machine: passes, multiply-accumulates, and bytes of living tensors at their peak."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["count_macs", "peak_activations"]
+__all__ = ["Passes", "count_macs", "count_passes", "peak_activations"]
+
+
+@dataclass
+class Passes:
+    """How often a module was called; the field is ``number``."""
+
+    number: int = 0
+
+
+@contextmanager
+def count_passes(model: nn.Module) -> Generator[Passes]:
+    """Count the calls of a module, for methods that count nothing themselves.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> with count_passes(layer) as passes:
+        ...     _ = layer(torch.zeros(3, 8)), layer(torch.zeros(1, 8))
+        >>> passes.number
+        2
+    """
+    passes = Passes()
+
+    def count(*_: object) -> None:
+        passes.number += 1
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        hook.remove()
 
 
 def count_macs(model: nn.Module, *inputs: torch.Tensor) -> int:

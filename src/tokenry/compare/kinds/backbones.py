@@ -91,7 +91,7 @@ class Backbones(Comparison):
     ]
     settings: ClassVar = {
         "size": 256,
-        "batch": 8,
+        "batch": 32,
         "sizes": [128, 192, 256, 384],
         "channels_last": 0,
         "compile": 0,
@@ -152,7 +152,8 @@ class Backbones(Comparison):
         for name in names:
             rows[name] |= _rates(timed[size].get(name), "rate_1", 1) | _rates(large.get(name), "rate_n", batch)
             if "median" in large.get(name, {}):
-                rows[name]["memory"] = session.step(f"memory/{name}", lambda name=name: bench.memory(name, batch, size))
+                key = f"memory/{name}/{batch}x{size}"
+                rows[name]["memory"] = session.step(key, lambda name=name: bench.memory(name, batch, size))
             base = large[self.baseline].get("median")
             own = large[name].get("median")
             rows[name]["ratio"] = base / own if base and own else None
@@ -188,9 +189,11 @@ class Backbones(Comparison):
         self, options: Options, rows: dict[str, dict[str, Any]], timed: dict[Any, Any], pixels: Any
     ) -> list[str]:
         size, batch = self.setting(options, "size"), self.setting(options, "batch")
+        forms = {"channels_last": "channels last in memory", "compile": "compiled"}
+        asked = [f", {form}" for name, form in forms.items() if self.setting(options, name)]
         notes = [
-            f"Speed and memory at {size}x{size}; the large batch has {batch} images. Fourier transforms are not counted "
-            "as multiply-accumulates."
+            f"Speed and memory at {size}x{size}; the large batch has {batch} images{''.join(asked)}. Fourier transforms are "
+            "not counted as multiply-accumulates."
         ]
         for where, found in timed.items():
             for name, result in found.items():

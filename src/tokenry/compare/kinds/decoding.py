@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from tokenry.assets import load_model, prompts, read_text_file
 from tokenry.compare.kind import Column, Comparison, Options, Outcome, Plot, Sweep
 from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY, Bench, Contender, Ready
-from tokenry.measure.counting import peak_activations
+from tokenry.measure.counting import count_passes, peak_activations
 from tokenry.measure.session import Session
 from tokenry.measure.timing import fit_exponent, interleave, peak_extra_memory
 
@@ -202,16 +202,10 @@ class Decoding(Comparison):
         stops = stops if isinstance(stops, list) else [stops]
         method = ready[name]
 
-        def count(*_: object) -> None:
-            nonlocal passes
-            passes += 1
-
         for batch in bench.batches:
-            hook = bench.model.register_forward_pre_hook(count)
-            try:
+            with count_passes(bench.model) as counted:
                 out = method.run(batch, new)
-            finally:
-                hook.remove()
+            passes += counted.number
             found = [_until_stop(row, stops) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
             nats += sum(_surprise(bench.model, batch, row, new_ids) for row, new_ids in enumerate(found))
             ids += found
