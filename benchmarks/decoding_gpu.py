@@ -331,33 +331,33 @@ def _skipping(speedup: float) -> Callable[[Bench], tuple[Callable[[], Any], Any]
     return make
 
 
-REPLAYED = "drafts cost what they cost here and are right as often as the embedded model's"
-FUSED = "both models read every token, as with any text; what the fused text is worth is not measured"
-FEWER = "layers skipped, as with any text; what the text is worth after fine-tuning is not measured"
+REPLAYED = "drafts cost what they cost at this shape, and are right as often as on the embedded model with its"
+FUSED = "both models read every token, whatever the text; what the fused text is worth is not measured"
+FEWER = "layers skipped, whatever the text; what the text is worth after fine-tuning is not measured"
 WAYS = {
     # generate compiles its step by itself on a CUDA device
     "static cache, compiled": Way(
         lambda bench: (bench.generate(cache_implementation="static"), None), "stock generate, compiled step", cuda=True
     ),
     "zero-node tree": Way(_plain_tree, "the draft engine's own cost: nothing is drafted"),
-    "token recycling": Way(_recycling, f"{REPLAYED} with a filled table", "token recycling"),
-    "parallel prompts": Way(_parallel_prompts, f"{REPLAYED} trained prompts'", "parallel prompts"),
+    "token recycling": Way(_recycling, f"{REPLAYED} filled table", "token recycling"),
+    "parallel prompts": Way(_parallel_prompts, f"{REPLAYED} trained prompts", "parallel prompts"),
     "prompt lookup": Way(
         lambda bench: (bench.generate(prompt_lookup_num_tokens=10), None),
         "the library's; look-ups hit as often as in the one text that is written",
     ),
     "assisted generation": Way(
         lambda bench: (bench.generate(assistant_model=bench.draft), bench.draft),
-        f"the library's; {REPLAYED} draft model's, and it stops where it is unsure",
+        f"the library's; {REPLAYED} draft model, and it stops where it is unsure",
         "draft model",
     ),
-    "draft model": Way(_draft_model, f"{REPLAYED} draft model's", "draft model"),
+    "draft model": Way(_draft_model, f"{REPLAYED} draft model", "draft model"),
     "sorted draft": Way(
         _sorted_draft,
-        f"{REPLAYED} sorted draft's; the first exit answers what it knows, the last what it does not",
+        f"{REPLAYED} sorted draft; the first exit answers what it knows, the last what it does not",
         "sorted draft",
     ),
-    "FS-GEN, speculative": Way(_collaborating("speculative"), f"{REPLAYED} draft model's", "draft model"),
+    "FS-GEN, speculative": Way(_collaborating("speculative"), f"{REPLAYED} draft model", "draft model"),
     "FS-GEN, contrastive": Way(_collaborating("contrastive"), FUSED),
     "FS-GEN, proxy": Way(_collaborating("proxy"), f"{FUSED}; the small model is read twice, as itself and as tuned"),
     "SkipDecode, 4/3": Way(_skipping(4 / 3), f"a quarter of the {FEWER}"),

@@ -55,6 +55,17 @@ def test_lines_are_well_formed(series):
     assert len(tree.findall(".//polyline")) == len(series)
 
 
+@pytest.mark.parametrize(("low", "high"), [(5.2, 9.3), (1.1, 1.4), (0.3, 40.0), (1e-3, 1e5)])
+def test_logarithmic_axes_have_ticks(low, high):
+    tree = parse(charts.lines({"a": [(1.0, low), (2.0, high)]}, "x", "y"))
+    assert len([text for text in tree.findall(".//text[@class='tick']") if text.get("text-anchor") == "end"]) >= 2
+
+
+def test_more_lines_than_colours_can_be_told_apart():
+    tree = parse(charts.lines({str(i): [(1.0, i + 1.0), (2.0, i + 2.0)] for i in range(12)}, "x", "y"))
+    assert len({line.get("class") for line in tree.findall(".//polyline")}) == 12
+
+
 def test_stacked_shares_fill_the_row():
     tree = parse(charts.stacked({"GPT-2": {"English": 3.0, "code": 1.0}}, "shares"))
     english, code = (float(r.get("width")) for r in tree.findall(".//rect"))

@@ -37,12 +37,16 @@ if TYPE_CHECKING:
 __all__ = ["batch_generate", "parse_memory"]
 
 UNITS = {"": 1, "B": 1} | {f"{p}{b}": s**n for b, s in (("iB", 1024), ("B", 1000)) for n, p in enumerate("KMGT", 1)}
+POOLED = "keys and values of all requests live in one pool of its own"
 # The library's own generate takes these; packed passes have no place for them.
 REFUSED = {
     "assistant_model": "drafting is for one prompt at a time",
     "streamer": "results are handed out by on_result",
     "custom_generate": "this is a way of generating itself",
     "inputs_embeds": "prefixes are found in token ids",
+    "cache": POOLED,
+    "past_key_values": POOLED,
+    "cache_implementation": POOLED,
     "attention_mask": "requests are given without padding",
     "return_dict_in_generate": "token ids are returned",
     "max_length": "give max_new_tokens",
@@ -231,6 +235,11 @@ def _check(model: Any, texts: list[list[int]], most: Sequence[int], generation: 
             raise ValueError(f"{name} cannot be used in batch_generate: {why}")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; batch_generate needs a decoder-only model")
+    if (model.config._attn_implementation or "").startswith("tokenry_"):
+        raise ValueError(
+            "batch_generate exchanges the model's attention itself; leave the context that has exchanged it (sparse reading "
+            "of the cache) before"
+        )
     if len({weight.device for weight in model.parameters()}) > 1:
         raise ValueError("the model's weights lie on several devices; load it onto one to run batch_generate")
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -243,6 +243,11 @@ def skip_decode(model: PreTrainedModel, schedule: SkipSchedule, new_tokens: int 
             run.position += 1
 
     def block(index: int, forward: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not run.active:
+            raise ValueError(
+                f"{type(model).__name__} runs its layers outside of its forward pass, which says what position they are at; "
+                "layers can be skipped only where generate calls the model for every token"
+            )
         if index not in run.active:
             return (hidden_states,) if tuples[0] else hidden_states
         run.block_calls += 1

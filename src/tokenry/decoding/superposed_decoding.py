@@ -15,6 +15,7 @@ each is not what the model would have written alone.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,6 +189,10 @@ class SuperposedDecoding:
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder; superposed decoding needs a decoder-only model"
+            )
+        if not {"inputs_embeds", "position_ids"} <= set(inspect.signature(model.forward).parameters):
+            raise ValueError(
+                f"{type(model).__name__} takes no inputs_embeds or no position_ids; superposed decoding feeds a mix of embeddings"
             )
         if input_ids.shape[0] == 0:
             raise ValueError("the batch is empty: give at least one prompt")

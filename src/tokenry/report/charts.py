@@ -14,6 +14,7 @@ __all__ = ["bars", "lines", "scatter", "stacked"]
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 82, 24, 16, 52
 COLOURS = 10
+CHARACTER = 6.6  # pixels of a label, about
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class _Axis:
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = (1, 2, 5) if math.log10(self.high / self.low) < 3 else (1,)
-            return [m * 10.0**d for d in decades for m in steps if self.low <= m * 10.0**d <= self.high]
+            round_values = [m * 10.0**d for d in decades for m in steps if self.low <= m * 10.0**d <= self.high]
+            if len(round_values) > 1:
+                return round_values  # a narrower range is ticked as a linear axis is
         raw = (self.high - self.low) / 5
         magnitude = 10 ** math.floor(math.log10(raw))
         step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw)
@@ -97,11 +100,11 @@ def scatter(
     taken: list[tuple[float, float, float]] = []
     for i, (name, (a, b)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
         px, py = x(a), y(b)
-        width = 6.6 * len(name)
+        width = CHARACTER * len(name)
         left = px + 10 + width > WIDTH - RIGHT
         start = px - 10 - width if left else px + 10
         label_y = py + 4
-        for shift in (0, -14, 14, -28, 28, -42, 42):
+        for shift in sorted(range(-98, 99, 14), key=abs):
             if all(abs(label_y + shift - ty) > 12 or start > tx + tw or start + width < tx for tx, ty, tw in taken):
                 label_y += shift
                 break
@@ -118,7 +121,7 @@ def bars(
     values: Mapping[str, float], title: str, *, baseline: str = "", spread: Mapping[str, float] | None = None
 ) -> str:
     """One horizontal bar per method, with its value and spread."""
-    left, row = 190, 26
+    left, row = max(190, 16 + CHARACTER * max(map(len, values), default=0)), 26
     height = TOP + row * len(values) + 34
     ends = [value + sign * (spread or {}).get(name, 0.0) for name, value in values.items() for sign in (-1, 1)]
     low, high = min(0.0, *ends), max(0.0, *ends) or 1.0
@@ -189,19 +192,24 @@ def lines(
     body = []
     for i, (name, points) in enumerate(series.items()):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-        dashed = " dashed" if name == baseline else ""
+        dashed = " dashed" if name == baseline else _again(i)
         body.append(f'<polyline class="line s{i % COLOURS}{dashed}" points="{path}"/>')
         body += [
-            f'<circle class="dot c{i % COLOURS}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"><title>{escape(name)}: {readable(a)}, {readable(b)}</title></circle>'
+            f'<circle class="dot c{i % COLOURS} s{i % COLOURS}{_again(i)}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"><title>{escape(name)}: {readable(a)}, {readable(b)}</title></circle>'
             for a, b in points
         ]
     chart = _frame(x, y, x_title, y_title, "".join(body), f"{y_title} against {x_title}")
     return chart + _legend([(name, (remarks or {}).get(name, "")) for name in series])
 
 
+def _again(i: int) -> str:
+    """Style of a series whose colour is taken already: dotted, with hollow points."""
+    return " again" if i >= COLOURS else ""
+
+
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
     items = "".join(
-        f'<li><span class="key k{i % COLOURS}"></span>{escape(name)}{f" <em>{escape(remark)}</em>" if remark else ""}</li>'
+        f'<li><span class="key k{i % COLOURS}{_again(i)}"></span>{escape(name)}{f" <em>{escape(remark)}</em>" if remark else ""}</li>'
         for i, (name, remark) in enumerate(entries)
     )
     return f'<ul class="legend">{items}</ul>'

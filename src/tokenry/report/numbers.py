@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["readable", "short"]
+__all__ = ["exponent", "readable", "short"]
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -44,6 +44,16 @@ def _significant(value: float, digits: int) -> str:
         return str(value)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
+
+
+def exponent(value: float) -> str:
+    """Two decimals, and no minus before a zero.
+
+    Example:
+        >>> exponent(1.984), exponent(-0.001)
+        ('1.98', '0.00')
+    """
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def short(value: float) -> str:

@@ -16,7 +16,7 @@ from tokenry.catalog.entries import Card, cards
 from tokenry.compare.run import Result
 from tokenry.evidence.records import CHECKS, Record, all_records
 from tokenry.report import charts
-from tokenry.report.numbers import readable
+from tokenry.report.numbers import exponent, readable
 from tokenry.report.table import best, cell, is_number
 
 __all__ = ["build_report"]
@@ -184,7 +184,7 @@ def _comparison(result: Result) -> dict[str, Any]:
                 "svg": Markup(
                     charts.lines(
                         sweep.points, sweep.x, sweep.y, log_x=sweep.log_x, log_y=sweep.log_y, baseline=result.baseline,
-                        remarks={name: f"grows with power {value:.2f}" for name, value in sweep.exponents.items()},
+                        remarks={name: f"grows with power {exponent(value)}" for name, value in sweep.exponents.items()},
                     )
                 ),
             }

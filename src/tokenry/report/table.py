@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tokenry.compare.kind import Column
 from tokenry.compare.run import Result
-from tokenry.report.numbers import readable
+from tokenry.report.numbers import exponent, readable
 
 __all__ = ["best", "cell", "is_number", "print_result"]
 
@@ -80,7 +80,7 @@ def print_result(result: Result, console: Console) -> None:
     for sweep in result.outcome.sweeps:
         if sweep.exponents:
             grown = ", ".join(
-                f"{name} {value:.2f}" for name, value in sorted(sweep.exponents.items(), key=lambda e: e[1])
+                f"{name} {exponent(value)}" for name, value in sorted(sweep.exponents.items(), key=lambda e: e[1])
             )
             console.print(f"[bold]{escape(sweep.title)}[/], exponent: {escape(grown)}", highlight=False)
     for note in result.outcome.notes:

@@ -74,11 +74,11 @@ def readings(model: Any, budget: int) -> dict[str, Callable[[], AbstractContextM
     return {
         TIDAL: lambda: tidal(model, budget, start, -1),
         "window, read only": lambda: read_sparsely(model, RecentReading(budget, full)),
-        "each layer's own best, read only": lambda: read_sparsely(model, OwnTopReading(budget, full)),
+        "own best, read only": lambda: read_sparsely(model, OwnTopReading(budget, full)),
     }
 
 
-READ_ONLY = [TIDAL, "window, read only", "each layer's own best, read only"]
+READ_ONLY = [TIDAL, "window, read only", "own best, read only"]
 NAMES = [
     FULL, EMS, "EMS, no merging", "global score only", "H2O", "SnapKV", "SnapKV-like (local)", "expected attention", "TOVA", "KeyDiff",
     "key norm", "sinks and recent", "sliding window", *READ_ONLY,
@@ -118,18 +118,24 @@ class KVCache(Comparison):
     question = "How much of the cache can go, and what does the model say differently then?"
     baseline = FULL
     columns: ClassVar[list[Column]] = [
-        Column(key="budget", title="entries per head"),
         Column(key="divergence", title="divergence from the full cache", unit="nats", better="lower"),
+        Column(key="needle", title="needle found", unit="%", better="higher"),
         Column(key="against", title="divergence minus EMS's", unit="nats", better="lower"),
         Column(key="agreement", title="same top token", unit="%", better="higher"),
         Column(key="loss", title="loss of the true text", unit="nats/token", better="lower", digits=4),
-        Column(key="needle", title="needle found", unit="%", better="higher"),
         Column(key="bytes", title="cache after the prompt", unit="KiB per text", better="lower"),
         Column(key="saved", title="cache is smaller by", unit="x", better="higher"),
         Column(key="read", title="reading the prompt, full cache = 1", unit="x", better="lower"),
         Column(key="step", title="one new token, full cache = 1", unit="x", better="lower"),
+        Column(key="budget", title="entries per head"),
     ]
     plots: ClassVar[list[Plot]] = [
+        Plot(
+            title="Divergence against needles found",
+            x="needle",
+            y="divergence",
+            caption="Nearer the lower right corner is better: what was said once is found again, and little else changes.",
+        ),
         Plot(
             title="Divergence against memory",
             x="bytes",
@@ -235,7 +241,7 @@ class KVCache(Comparison):
                     row[f"{key}_spread"] = (time[key]["high"] - time[key]["low"]) / 2 / times[FULL][key]["median"]
                 rows.append(row)
         budget = plan["budgets"][0]
-        sweeps = [_by_depth(depths[budget], budget), *self._sweeps(model, names, budget, plan, options, session)]
+        sweeps = [_by_depth(depths[budget], names, budget), *self._sweeps(model, names, budget, plan, options, session)]
         examples = session.step("examples", partial(_examples, model, names, budget, plan, options))
         return Outcome(rows=rows, sweeps=sweeps, notes=_notes(plan, worse, rows, options), examples=examples)
 
@@ -332,12 +338,12 @@ def _needles(
     return {name: (100 * f.correct.view(-1, len(DEPTHS)).mean(0)).tolist() for name, f in found.items()}
 
 
-def _by_depth(found: dict[str, list[float]], budget: int) -> Sweep:
+def _by_depth(found: dict[str, list[float]], names: list[str], budget: int) -> Sweep:
     return Sweep(
         title="Needles found, by their place",
         x="depth of the needle (0: the context begins with it)",
         y="%",
-        points={name: list(zip(DEPTHS, shares, strict=True)) for name, shares in found.items()},
+        points={name: list(zip(DEPTHS, found[name], strict=True)) for name in names},
         log_x=False,
         log_y=False,
         caption=f"Passkeys planted in the text, {budget} entries per head kept; three quarters are said again at the end, "
