@@ -9,6 +9,7 @@ import torch
 
 from tokenry.assets import model_path
 from tokenry.compare import compare
+from tokenry.compare.kind import Options
 from tokenry.compare.kinds.decoding import Decoding, read_prompts
 from tokenry.compare.kinds.decoding_contenders import CONTENDERS, GREEDY
 
@@ -69,6 +70,14 @@ def test_own_model_and_prompts_in_a_batch(tmp_path):
     notes = " ".join(result.outcome.notes)
     assert "a batch of one only" in notes
     assert "draft model with the same tokenizer" in notes
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_what_learns_never_sees_the_measured_prompts(tmp_path, count):
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(count)))
+    for data in (None, str(tmp_path / "prompts.txt")):
+        chosen, warm, *_ = Decoding()._plan(Options(data=data))
+        assert chosen and warm and not set(chosen) & set(warm)
 
 
 @pytest.mark.parametrize(

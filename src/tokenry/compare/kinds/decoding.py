@@ -98,10 +98,12 @@ class Decoding(Comparison):
         """Measured prompts, warming prompts, new tokens, sweep, repeats."""
         everything = read_prompts(options.data) if options.data else prompts()
         new, sweep = self.setting(options, "new_tokens"), self.setting(options, "sweep")
+        held_back = min(WARM_PROMPTS, len(everything) // 8)
+        count = min(self.setting(options, "prompts"), len(everything) - held_back)
         # Spread over the file: the embedded prompts hold English first, then code.
-        count = min(self.setting(options, "prompts"), len(everything))
         chosen = [everything[i * len(everything) // count] for i in range(count)]
-        warm = [p for p in everything if p not in chosen][:: max(1, (len(everything) - count) // WARM_PROMPTS)]
+        warm = [p for p in everything if p not in chosen] or [p for p in prompts() if p not in chosen]
+        warm = warm[:: max(1, len(warm) // WARM_PROMPTS)]
         repeats = min(options.repeats, 2) if options.effort == "demo" else options.repeats
         return chosen, warm[:WARM_PROMPTS], new, sweep, repeats
 
@@ -130,6 +132,7 @@ class Decoding(Comparison):
             if not step:
                 notes.append(f"Not in the growth: {size} new tokens do not fit into the model's context.")
         rows = [self._row(contender, texts, turns, notes) for contender in contenders]
+        notes.append(f"{len(chosen)} prompts measured; what learns or is tuned did so on {len(warm)} others.")
         if texts[GREEDY]["cut"]:
             notes.append(
                 f"{texts[GREEDY]['cut']} prompt(s) were cut to what the model's context leaves beside {new} new tokens."
