@@ -181,11 +181,12 @@ def together(model: Any, inputs: dict[str, Tensor], max_new_tokens: int, **optio
 
 
 def recomputing(
-    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, attention_mask: Tensor, **_: Any
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **prepared: Any
 ) -> Tensor:
     """Greedy search of a Block Transformer that computes everything anew for each token."""
     fill = -input_ids.shape[1] % model.config.block_length  # a block ends where the prompt ends
-    mask = F.pad(attention_mask, (fill, 0))
+    mask = prepared.get("attention_mask")
+    mask = F.pad(torch.ones_like(input_ids) if mask is None else mask, (fill, 0))
     while not bool(stopping_criteria(input_ids, None).all()):
         logits = model(F.pad(input_ids, (fill, 0)), attention_mask=mask).logits[:, -1]
         chosen = logits_processor(input_ids, logits).argmax(-1, keepdim=True)
@@ -359,7 +360,11 @@ condition. A test runs them again and holds this page to the result; `python tes
   "oracle": of the large model; for a Block Transformer: of computing everything anew for each token).
 - **own text**: it runs, and the text is another one, by design: `SuperposedDecoding`, `tidal`, `skip_decode`, contrastive and
   proxy collaboration do not promise the model's text. In a batch each row gets the text that it gets alone.
+- **own text, by padding**: the same, but not row by row: the quantizer of this test rounds a whole batch, padding included, by
+  one scale.
 - **draws**: it samples; the same seed gives the same text. That the distribution is the model's own is tested elsewhere.
+- The layers of a Block Transformer have configurations of their own, which `tidal` does not reach: inside it the model goes on
+  reading everything.
 - Where `skip_decode` skips the layer that `tidal` selects in, the layers above it read everything.
 - **refused (n)**: a `ValueError` with the reason n below, before anything is generated.
 

@@ -258,7 +258,8 @@ class _Bench:
     def _fast(self, name: str) -> Callable[..., Any]:
         import torch
 
-        return torch.compile(self.model(name)) if self.setting("compile") else self.model(name)
+        # anew for every size: code for changing sizes takes minutes to make, and is not what a user of one size runs
+        return torch.compile(self.model(name), dynamic=False) if self.setting("compile") else self.model(name)
 
     def _input(self, name: str, batch: int, size: int) -> torch.Tensor:
         import torch

@@ -362,7 +362,7 @@ class PackedAttention:
                 without, l = l, torch.logaddexp(l, s_aux.float().view(heads, repeats, 1))
                 o = o * (without - l).exp()[..., None].to(o.dtype)
             out.index_copy_(2, own.write, o)
-            lse.index_copy_(2, own.write, l)
+            lse.index_copy_(2, own.write, l.to(lse.dtype))  # a bias in float64 makes it float64
         for number, part in enumerate(packed.shared):
             here = slice(part.begin, part.end)
             o, l = partial_attention(
