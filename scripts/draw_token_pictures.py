@@ -3,7 +3,7 @@
     TOKENRY_DATA=data python scripts/draw_token_pictures.py docs/images [NAME ...]
 
 Super tokens and influence are drawn with untrained networks, over a photograph that scikit-learn ships. The other maps mean
-little before a network has learned something. They are drawn with small networks trained as those of the claims are, on CIFAR-10
+nothing before a network has learned something. They are drawn with small networks trained as those of the claims are, on CIFAR-10
 (without TOKENRY_DATA on the shipped sample of it), over photographs of its test part. The weights are kept in
 build/token-pictures, so that only the first run trains.
 """
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from tokenry.assets import cifar10_sample, external
 from tokenry.claims.small_images import passes
-from tokenry.vision import TokensToToken, UniFormerLight, ViM2, draw_tokens, metaformer
+from tokenry.vision import TokensToToken, UniFormerLight, draw_tokens, metaformer
 from tokenry.vision.image_training import Images, Training, train_classifier
 from tokenry.vision.labelled_images import read_labelled_images
 from tokenry.vision.uniformer_blocks import PatchEmbed
@@ -174,10 +174,6 @@ def dualtoken_vit() -> nn.Module:
     return metaformer("dual_token", (2,), (48,), mixer_kwargs={"grid": 8, "down_steps": 1}, **SKELETON)
 
 
-def vim2() -> nn.Module:
-    return ViM2((2, 2), (24, 48), num_classes=10, img_size=32, patch_size=2, d_state=2, channel_width=64)
-
-
 PICTURES: dict[str, Callable[[], Image.Image]] = {
     "super-tokens": super_tokens,
     "influence": influence,
@@ -187,7 +183,6 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
     "semantic-tokens": partial(over_photographs, "stvit_r", stvit_r, ("semantic", 0)),
     "global-tokens": partial(over_photographs, "dualtoken_vit", dualtoken_vit, ("attention", 1)),
     "kept-tokens": partial(over_photographs, "light_uniformer", light_uniformer, ("kept", 1)),
-    "scan-steps": partial(over_photographs, "vim2", vim2, ("step", 0)),
 }
 
 
