@@ -363,8 +363,6 @@ condition. A test runs them again and holds this page to the result; `python tes
 - **own text, by padding**: the same, but not row by row: the quantizer of this test rounds a whole batch, padding included, by
   one scale.
 - **draws**: it samples; the same seed gives the same text. That the distribution is the model's own is tested elsewhere.
-- The layers of a Block Transformer have configurations of their own, which `tidal` does not reach: inside it the model goes on
-  reading everything.
 - Where `skip_decode` skips the layer that `tidal` selects in, the layers above it read everything.
 - **refused (n)**: a `ValueError` with the reason n below, before anything is generated.
 

@@ -128,6 +128,7 @@ def test_search_that_finds_nothing_says_so(page):
 def test_comparison_opens_sorts_and_leads_to_the_method(page):
     page.click("a[href='#compare-decoding']")
     table = page.locator("section.open table.results")
+    table.wait_for(state="visible", timeout=5000)
     first = lambda: table.locator("tbody tr").first.locator("th").inner_text()  # noqa: E731
     assert first().startswith("greedy")
     table.locator("thead button").nth(1).click()
@@ -135,7 +136,7 @@ def test_comparison_opens_sorts_and_leads_to_the_method(page):
     assert first().startswith("token-recycling")
     assert page.locator("section.open svg").count() == 3
     page.click("section.open a[href='#method-token-recycling']")
-    assert page.locator("section[data-view='method-token-recycling']").is_visible()
+    page.locator("section[data-view='method-token-recycling']").wait_for(state="visible", timeout=5000)
 
 
 @pytest.mark.page

@@ -246,6 +246,14 @@ def _check(model: PreTrainedModel, own: str) -> None:
         raise ValueError(
             f"{kind} does not use the attention interface of transformers; take an architecture that does, such as Llama"
         )
+    config = model.config.get_text_config(decoder=True)
+    if not any(
+        hasattr(module, "layer_idx") and getattr(module, "config", None) is config for module in model.modules()
+    ):
+        raise ValueError(
+            f"the attention layers of {kind} have configurations of their own, through which they cannot be reached; take "
+            "an architecture whose layers share the model's, such as Llama"
+        )
     if own not in ("sdpa", "eager"):
         raise ValueError(
             f"the model runs {own} attention, whose masks cannot be read here; load it with attn_implementation='sdpa'"
