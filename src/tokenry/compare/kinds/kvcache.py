@@ -118,16 +118,16 @@ class KVCache(Comparison):
     question = "How much of the cache can go, and what does the model say differently then?"
     baseline = FULL
     columns: ClassVar[list[Column]] = [
-        Column(key="divergence", title="divergence from the full cache", unit="nats", better="lower"),
-        Column(key="needle", title="needle found", unit="%", better="higher"),
-        Column(key="against", title="divergence minus EMS's", unit="nats", better="lower"),
-        Column(key="agreement", title="same top token", unit="%", better="higher"),
-        Column(key="loss", title="loss of the true text", unit="nats/token", better="lower", digits=4),
-        Column(key="bytes", title="cache after the prompt", unit="KiB per text", better="lower"),
-        Column(key="saved", title="cache is smaller by", unit="x", better="higher"),
-        Column(key="read", title="reading the prompt, full cache = 1", unit="x", better="lower"),
-        Column(key="step", title="one new token, full cache = 1", unit="x", better="lower"),
-        Column(key="budget", title="entries per head"),
+        Column(key="divergence", title="Divergence from the full cache", unit="nats", better="lower"),
+        Column(key="needle", title="Needle found", unit="%", better="higher"),
+        Column(key="against", title="Divergence minus EMS's", unit="nats", better="lower"),
+        Column(key="agreement", title="Same top token", unit="%", better="higher"),
+        Column(key="loss", title="Loss of the true text", unit="nats/token", better="lower", digits=4),
+        Column(key="bytes", title="Cache after the prompt", unit="KiB per text", better="lower"),
+        Column(key="saved", title="Cache is smaller by", unit="x", better="higher"),
+        Column(key="read", title="Reading the prompt, full cache = 1", unit="x", better="lower"),
+        Column(key="step", title="One new token, full cache = 1", unit="x", better="lower"),
+        Column(key="budget", title="Entries per head"),
     ]
     plots: ClassVar[list[Plot]] = [
         Plot(
