@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kept_lines import kept_lines
+
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256},
     "7b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "vocab_size": 128_256},
@@ -564,18 +566,8 @@ PARTS = {part.__name__: part for part in (strategies, contexts, batches, blocks,
 
 def finished(path: Path, settings: dict[str, Any]) -> set[str]:
     """Keys that were measured with these settings, by their newest line, and in which nothing failed."""
-    if not path.exists():
-        return set()
-    text = path.read_text("utf-8")
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")  # end the half line of a killed run, or the next line would be lost with it
     fine = {}
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for entry in kept_lines(path):
         if entry.get("settings") == settings:
             found = entry["found"]
             fine[entry["key"]] = not any("error" in part for part in (found, *found.values()) if isinstance(part, dict))

@@ -94,6 +94,7 @@ def main() -> None:
     if args.kvpress is None:
         parser.error("--kvpress: name the python in which kvpress is installed")
     from tokenry.assets import held_out_texts, load_model
+    from tokenry.layers.cache_argument import CACHE
 
     model, tokenizer = load_model("small")
     stream = torch.tensor(tokenizer("\n".join(held_out_texts("english")), add_special_tokens=False)["input_ids"])
@@ -119,7 +120,7 @@ def main() -> None:
                 ask(method, "keys")
                 cache = make()
                 with torch.inference_mode():
-                    model(texts["keys"], past_key_values=cache, logits_to_keep=1)
+                    model(texts["keys"], **{CACHE: cache}, logits_to_keep=1)
                 kept = load_file(folder / "kept")
                 share = statistics.fmean(same(layer.keys, kept[str(i)]) for i, layer in enumerate(cache.layers))
                 ratios = []
@@ -127,7 +128,7 @@ def main() -> None:
                     their_time = ask(method, "time")
                     began = time.perf_counter()
                     with torch.inference_mode():
-                        model(texts["time"], past_key_values=make(), logits_to_keep=1)
+                        model(texts["time"], **{CACHE: make()}, logits_to_keep=1)
                     if turn:  # the first warms up
                         ratios.append(their_time / (time.perf_counter() - began))
                 print(

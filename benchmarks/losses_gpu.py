@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kept_lines import kept_lines
+
 HEADS = {  # tokens, vocabulary, dimension, softcap
     "gemma2-2b": (8192, 256_000, 2304, 30.0),
     "llama3-8b": (8192, 128_256, 4096, None),
@@ -77,18 +79,8 @@ def cpu_costs(
 
 def finished(path: Path, settings: dict[str, Any]) -> set[tuple[str, bool, str]]:
     """Head, inputs and method of what was measured with these settings and, by its newest line, did not fail."""
-    if not path.exists():
-        return set()
-    text = path.read_text("utf-8")
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")  # end the half line of a killed run, or the next line would be lost with it
     fine = {}
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for entry in kept_lines(path):
         if entry.get("settings") == settings:
             fine[entry["head"], entry["peaked"], entry["method"]] = "error" not in entry
     return {key for key, good in fine.items() if good}

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kept_lines import kept_lines
+
 BASELINE = "resnet50"
 MODELS = [
     "poolformer_s12", "affnet", "cas_vit_s", "uniformer_small", "davit_tiny", "gcvit_xxtiny", "t2t_vit_14", "ms_mlp_tiny",
@@ -113,9 +115,7 @@ def main() -> int:
     from tokenry.measure import describe_machine, interleave, package_versions
 
     facts = {"machine": describe_machine(options.device).model_dump(), "versions": package_versions()}
-    done = set()
-    if options.out.exists():
-        done = {json.loads(line)["what"] for line in options.out.read_text("utf-8").splitlines()}
+    done = {line["what"] for line in kept_lines(options.out)}
 
     def write(what: str, found: dict[str, Any]) -> None:
         print(what, json.dumps(found), flush=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,12 @@ from embedded_text import bits_per_byte, documents, training_texts
 from tokenry.assets import load_model
 from tokenry.claims.small_models import rows_of, token_stream
 from tokenry.claims.training_loop import train_steps
-from tokenry.kvcache import passkey_tokens, plant_needles
+from tokenry.kvcache import cache_fidelity, passkey_tokens, plant_needles
 
 PEAK_LR = 5e-3
 REPEATS = 200  # steps on repeated passkeys alone
 CONTEXTS = (128, 256, 512)  # tokens around a needle, in turn
 LENGTH, CUE = 16, 8
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def repeated(candidates: Tensor, step: int) -> tuple[Tensor, int]:
@@ -44,16 +44,13 @@ def planted(ids: Tensor, candidates: Tensor, step: int) -> tuple[Tensor, int]:
     passages = rows_of(ids, 2048 // context, context, step)
     generator = torch.Generator().manual_seed(step)
     depth = torch.rand((), generator=generator).item()
-    return plant_needles(passages, [depth], candidates, length=LENGTH, cue=CUE, seed=step), LENGTH - CUE
+    return plant_needles(passages, candidates, [depth], length=LENGTH, cue=CUE, seed=step), LENGTH - CUE
 
 
-def found(model: torch.nn.Module, passages: Tensor, candidates: Tensor) -> float:
+def found(model: Any, passages: Tensor, candidates: Tensor) -> float:
     """Share of needle tokens named with everything in view."""
-    tokens = plant_needles(passages, DEPTHS, candidates, length=LENGTH, cue=CUE)
-    asked = LENGTH - CUE
-    with torch.inference_mode():
-        named = torch.cat([model(rows).logits[:, -asked - 1 : -1].argmax(-1) for rows in tokens.split(8)])
-    return (named == tokens[:, -asked:]).float().mean().item()
+    tokens = plant_needles(passages, candidates, length=LENGTH, cue=CUE)
+    return cache_fidelity(model, tokens, passages.shape[1], {})["full"].correct.mean().item()
 
 
 def model_card(facts: dict) -> str:

@@ -21,14 +21,14 @@ DEPTHS = [0.1, 0.5, 0.9]
 
 def test_a_needle_stands_at_its_depth_and_is_asked_for_at_the_end():
     passages = torch.arange(1000, 1020).repeat(2, 1)
-    tokens = plant_needles(passages, [0.0, 0.5, 1.0], torch.arange(90, 99), length=6, cue=3, seed=1)
+    tokens = plant_needles(passages, torch.arange(90, 99), [0.0, 0.5, 1.0], length=6, cue=3, seed=1)
     assert tokens.shape == (6, 20 + 6 - 3 + 1)
     for row, at in zip(tokens, [0, 6, 12] * 2, strict=True):
         needle = row[at : at + 6]
         assert ((needle >= 90) & (needle < 99)).all()
         assert torch.equal(row[-6:], needle)
         assert torch.equal(torch.cat([row[:at], row[at + 6 : -6]]), passages[0, :12])
-    assert torch.equal(tokens, plant_needles(passages, [0.0, 0.5, 1.0], torch.arange(90, 99), length=6, cue=3, seed=1))
+    assert torch.equal(tokens, plant_needles(passages, torch.arange(90, 99), [0.0, 0.5, 1.0], length=6, cue=3, seed=1))
     assert len(tokens[:, -6:].unique(dim=0)) == 6
 
 
@@ -68,7 +68,7 @@ def test_passkeys_are_letters_and_digits_where_the_vocabulary_has_them():
 def test_the_retriever_finds_what_the_cache_still_holds():
     model, tokenizer = load_model("retriever")
     stream = torch.tensor(tokenizer(" ".join(held_out_texts("english")[:12]), add_special_tokens=False)["input_ids"])
-    tokens = plant_needles(stream[: 6 * 128].view(6, 128), DEPTHS, passkey_tokens(tokenizer))
+    tokens = plant_needles(stream[: 6 * 128].view(6, 128), passkey_tokens(tokenizer), DEPTHS)
     found = cache_fidelity(
         model, tokens, 128,
         {"window": lambda: SlidingWindowCache(model.config, 48), "pooled": lambda: SnapKVCache(model.config, 48, 16, pool=7)},

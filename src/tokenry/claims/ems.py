@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import held_out_texts, load_model
@@ -13,11 +14,12 @@ from tokenry.measure import mean_interval, paired_interval
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenry.kvcache import Fidelity
+
 CONTEXT, FOLLOWING, WINDOW = 96, 32, 8
 PASSAGES = {16: 80, 24: 40, 48: 40}  # per budget; the rule is about the smallest
 NAMES = ("EMS", "local only", "sliding window", "4 sinks + recent", "H2O", "global only", "no merging")
 NEEDLE_CONTEXT, NEEDLE_BUDGET, NEEDLE_WINDOW, NEEDLE_PASSAGES = 320, 40, 16, 20
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def passages(tokenizer: Any, length: int, limit: int, seed: int = 0) -> Tensor:
@@ -38,13 +40,13 @@ def planted(tokenizer: Any, seed: int) -> Tensor:
     from tokenry.kvcache import passkey_tokens, plant_needles
 
     texts = passages(tokenizer, NEEDLE_CONTEXT, NEEDLE_PASSAGES, seed)
-    return plant_needles(texts, DEPTHS, passkey_tokens(tokenizer), seed=seed)
+    return plant_needles(texts, passkey_tokens(tokenizer), seed=seed)
 
 
-def found_per_passage(correct: Tensor) -> tuple[list[float], list[float]]:
-    """Percentages of needle tokens named, from shares per row of ``planted``: of each passage, and at each depth."""
-    percent = 100 * correct.view(-1, len(DEPTHS))
-    return percent.mean(1).tolist(), percent.mean(0).tolist()
+def needles_found(fidelities: Mapping[str, Fidelity]) -> dict[str, dict[str, list[float]]]:
+    """Percentages of needle tokens named on ``planted``, by name: of each passage, and at each depth."""
+    percent = {name: 100 * figures.correct.view(NEEDLE_PASSAGES, -1) for name, figures in fidelities.items()}
+    return {name: {"passages": x.mean(1).tolist(), "depths": x.mean(0).tolist()} for name, x in percent.items()}
 
 
 @measures("ems", "divergence")
@@ -214,9 +216,8 @@ def planted_needles(context: Context) -> Measurement:
             "4 sinks + recent": lambda: kvcache.SinkCache(config, budget),
             "sliding window": lambda: kvcache.SlidingWindowCache(config, budget),
         }
-        found = kvcache.cache_fidelity(model, planted(tokenizer, context.seed), NEEDLE_CONTEXT, caches, batch_size=20)
-        shares = {name: found_per_passage(figures.correct) for name, figures in found.items()}
-        return {name: {"passages": each, "depths": depths} for name, (each, depths) in shares.items()}
+        tokens = planted(tokenizer, context.seed)
+        return needles_found(kvcache.cache_fidelity(model, tokens, NEEDLE_CONTEXT, caches, batch_size=20))
 
     found = context.session.step("needles", run)
     means = {name: mean_interval(figures["passages"]) for name, figures in found.items()}
@@ -235,7 +236,7 @@ def planted_needles(context: Context) -> Measurement:
             + " and ".join(f"{name} {gap:+.1f} +- {half:.1f}" for name, (gap, half) in gaps.items())
             + " points, paired (both must be above 0 with their 95 % intervals)"
         ),
-        details={name: dict(zip(map(str, DEPTHS), figures["depths"], strict=True)) for name, figures in found.items()},
+        details={name: figures["depths"] for name, figures in found.items()},
         charts=(
             {
                 "type": "bars",

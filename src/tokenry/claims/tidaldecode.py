@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenry.assets import load_model
-from tokenry.claims.ems import NEEDLE_CONTEXT, NEEDLE_PASSAGES, found_per_passage, passages, planted
+from tokenry.claims.ems import NEEDLE_CONTEXT, NEEDLE_PASSAGES, needles_found, passages, planted
 from tokenry.claims.registry import Context, Measurement, measures
 from tokenry.layers.cache_argument import CACHE
 from tokenry.measure import fit_exponent, interleave, mean_interval, paired_interval
@@ -153,9 +153,7 @@ def planted_needles(context: Context) -> Measurement:
             WINDOW: lambda: read_sparsely(model, RecentReading(budget, full)),
         }
         tokens = planted(tokenizer, context.seed)
-        found = reading_fidelity(model, tokens, NEEDLE_CONTEXT, readings, batch_size=20)
-        shares = {name: found_per_passage(figures.correct) for name, figures in found.items()}
-        return {name: {"passages": each, "depths": depths} for name, (each, depths) in shares.items()}
+        return needles_found(reading_fidelity(model, tokens, NEEDLE_CONTEXT, readings, batch_size=20))
 
     found = context.session.step("needles", run)
     means = {name: mean_interval(figures["passages"]) for name, figures in found.items()}

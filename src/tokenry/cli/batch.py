@@ -122,7 +122,8 @@ def batch(
     """Generate for a file of prompts: tokenry batch requests.jsonl --out out.jsonl. A killed run goes on where it was."""
     from tokenry.assets import load_model
     from tokenry.decoding import batch_generate, kv_bytes_per_token, plan_batch
-    from tokenry.decoding.batchllm import learned_positions, parse_memory
+    from tokenry.decoding.batchllm import parse_memory
+    from tokenry.decoding.engine.decoder_blocks import learned_positions
 
     check_device(device)
     check_dtype(dtype)

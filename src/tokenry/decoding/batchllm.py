@@ -28,7 +28,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from tokenry.decoding.batching.packed_attention import PackedAttention, PackedPass, SlotPool
 from tokenry.decoding.batching.prefix_groups import BatchPlan, as_new_tokens, as_tokens, plan_batch
 from tokenry.decoding.batching.token_batching import BatchStats, Piece, TokenBatcher
-from tokenry.decoding.engine.decoder_blocks import learned_positions
+from tokenry.decoding.engine.decoder_blocks import attention_is_exchanged, learned_positions
 from tokenry.decoding.engine.stopping import RowStopping
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _check(model: Any, texts: list[list[int]], most: Sequence[int], generation: 
             raise ValueError(f"{name} cannot be used in batch_generate: {why}")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; batch_generate needs a decoder-only model")
-    if (model.config._attn_implementation or "").startswith("tokenry_"):
+    if attention_is_exchanged(model):
         raise ValueError(
             "batch_generate exchanges the model's attention itself; leave the context that has exchanged it (sparse reading "
             "of the cache) before"

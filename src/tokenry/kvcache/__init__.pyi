@@ -25,6 +25,7 @@ from .fidelity import next_logits as next_logits
 from .fidelity import reading_fidelity as reading_fidelity
 from .future_queries import FutureQueries as FutureQueries
 from .future_queries import QueryMoments as QueryMoments
+from .needles import DEPTHS as DEPTHS
 from .needles import passkey_tokens as passkey_tokens
 from .needles import plant_needles as plant_needles
 from .reading_baselines import OwnTopReading as OwnTopReading

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["passkey_tokens", "plant_needles"]
+__all__ = ["DEPTHS", "passkey_tokens", "plant_needles"]
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -34,8 +36,8 @@ def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def plant_needles(
     passages: Tensor,
-    depths: Sequence[float],
     candidates: Tensor,
+    depths: Sequence[float] = DEPTHS,
     *,
     length: int = 12,
     cue: int = 9,
@@ -45,8 +47,8 @@ def plant_needles(
 
     Args:
         passages: ``[P, N]`` int64 token ids of the text around the needles; the last of a passage make room.
-        depths: D places, from 0 (the passage begins with the needle) to 1 (it stands right before the cue).
         candidates: ``[C]`` token ids that needles are drawn from: ``passkey_tokens(tokenizer)``.
+        depths: D places, from 0 (the passage begins with the needle) to 1 (it stands right before the cue).
         length: Tokens of a needle.
         cue: Of these, the tokens that are said again; the last of them follows the context, as the first token fed
             after the cut.
@@ -61,8 +63,8 @@ def plant_needles(
 
     Example:
         >>> passages = torch.arange(12)[None]
-        >>> plant_needles(passages, [0.0, 1.0], torch.arange(90, 99), length=4, cue=2)[:, -4:].shape
-        torch.Size([2, 4])
+        >>> plant_needles(passages, torch.arange(90, 99), [0.0, 1.0], length=4, cue=2).shape
+        torch.Size([2, 15])
     """
     if not 1 <= cue < length:
         raise ValueError(f"a cue must be at least 1 token and shorter than the needle's {length}, got {cue}")
@@ -76,9 +78,8 @@ def plant_needles(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(candidates), (len(passages), len(depths), length), generator=generator)
     hay = passages.shape[1] - length - cue + 1
-    rows = []
-    for text, needles in zip(passages, candidates[drawn], strict=True):
-        for depth, needle in zip(depths, needles, strict=True):
-            at = round(depth * hay)
-            rows.append(torch.cat([text[:at], needle, text[at:hay], needle]))
-    return torch.stack(rows)
+    planted = []
+    for depth, needle in zip(depths, candidates[drawn].unbind(1), strict=True):  # [P, length]
+        at = round(depth * hay)
+        planted.append(torch.cat([passages[:, :at], needle, passages[:, at:hay], needle], 1))
+    return torch.stack(planted, 1).flatten(0, 1)

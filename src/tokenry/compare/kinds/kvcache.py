@@ -30,9 +30,8 @@ POOL = 7  # neighbours that SnapKV averages over, as published; the local score 
 START = 1  # the first layer that selects
 SLUGS = {EMS: "ems", "EMS, no merging": "ems", TIDAL: "tidaldecode"}
 STEPS = 8  # tokens per timed call
+LEAST_CONTEXT = 24  # a needle, the question for it, and some text
 RETRIEVER = "retriever"  # the embedded model that finds needles; the small one does not
-NEEDLE, CUE = 12, 9  # tokens, and how many of them are said again
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of needles, in parts of the context
 
 
 def make_cache(name: str, config: PreTrainedConfig, budget: int, window: int) -> Cache:
@@ -146,14 +145,22 @@ class KVCache(Comparison):
         Plot(title="Time of one new token against the full cache", y="step"),
     ]
     settings: ClassVar[dict[str, Any]] = {
-        "budgets": [0],
+        "budgets": [24, 48, 96],
         "window": 16,
-        "context": 0,
+        "context": 256,
         "following": 32,
-        "passages": 0,
-        "needles": 0,
-        "timing_context": 0,
-        "lengths": [0],
+        "passages": 48,
+        "needles": 16,
+        "timing_context": 960,
+        "lengths": [128, 256, 512, 960],
+    }
+    demo: ClassVar[dict[str, Any]] = {
+        "budgets": [32],
+        "context": 128,
+        "passages": 8,
+        "needles": 4,
+        "timing_context": 512,
+        "lengths": [128, 256, 512],
     }
 
     def methods(self) -> list[str]:
@@ -161,18 +168,8 @@ class KVCache(Comparison):
         return list(NAMES)
 
     def plan(self, options: Options) -> dict[str, Any]:
-        """The sizes of this run: the user's settings, and for those at 0 what the effort allows."""
-        demo = options.effort == "demo"
-        defaults = {
-            "budgets": [32] if demo else [24, 48, 96],
-            "context": 128 if demo else 256,
-            "passages": 8 if demo else 48,
-            "needles": 4 if demo else 16,
-            "timing_context": 512 if demo else 960,
-            "lengths": [128, 256, 512] if demo else [128, 256, 512, 960],
-        }
-        found = {name: self.setting(options, name) for name in self.settings}
-        return {name: defaults[name] if value in (0, [0]) else value for name, value in found.items()}
+        """The sizes of this run, by setting."""
+        return {name: self.setting(options, name) for name in self.settings}
 
     def check(self, options: Options) -> None:
         """Refuse bad sizes and missing data before a model is loaded."""
@@ -190,9 +187,9 @@ class KVCache(Comparison):
                     f"kvcache: budget {budget} keeps all of a context of {plan['context']} tokens; "
                     "give smaller budgets or a longer context"
                 )
-        if plan["context"] < NEEDLE + CUE:
+        if plan["context"] < LEAST_CONTEXT:
             raise ValueError(
-                f"kvcache: a context must hold a needle and the question for it, {NEEDLE + CUE} tokens at least; got "
+                f"kvcache: a context must hold a needle and the question for it, {LEAST_CONTEXT} tokens at least; got "
                 f"{plan['context']}"
             )
         for name in ("following", "passages", "needles"):
@@ -204,9 +201,10 @@ class KVCache(Comparison):
         """Predictions and needles at every budget, then times, then growth with the length of the prompt."""
         plan, names = self.plan(options), self.chosen(options)
 
-        @cache
+        load = cache(partial(load_model, dtype=options.dtype, device=options.device))
+
         def model(embedded: str = "small") -> tuple[PreTrainedModel, Any]:
-            return load_model(options.model or embedded, dtype=options.dtype, device=options.device)
+            return load(options.model or embedded)
 
         rows: list[dict[str, Any]] = []
         worse: dict[int, dict[str, tuple[float, float]]] = {}
@@ -238,7 +236,7 @@ class KVCache(Comparison):
                     row["against"], row["against_spread"] = worse[budget][name]
                 for key in ("read", "step"):
                     row[key] = time[key]["median"] / times[FULL][key]["median"]
-                    row[f"{key}_spread"] = (time[key]["high"] - time[key]["low"]) / 2 / times[FULL][key]["median"]
+                    row[f"{key}_spread"] = time[key]["spread"] / times[FULL][key]["median"]
                 rows.append(row)
         budget = plan["budgets"][0]
         sweeps = [_by_depth(depths[budget], names, budget), *self._sweeps(model, names, budget, plan, options, session)]
@@ -328,17 +326,19 @@ def _predictions(
 def _needles(
     model: Any, names: list[str], budget: int, plan: dict[str, Any], options: Options
 ) -> dict[str, list[float]]:
-    """Percentage of needle tokens named, for each of ``DEPTHS``."""
-    from tokenry.kvcache import passkey_tokens, plant_needles
+    """Percentage of needle tokens named, at each depth."""
+    from tokenry.kvcache import DEPTHS, passkey_tokens, plant_needles
 
     network, tokenizer = model(RETRIEVER)
     passages = _passages(tokenizer, plan["context"], plan["needles"], options)
-    tokens = plant_needles(passages, DEPTHS, passkey_tokens(tokenizer), length=NEEDLE, cue=CUE, seed=options.seed)
+    tokens = plant_needles(passages, passkey_tokens(tokenizer), seed=options.seed)
     found = _fidelities(network, tokens, names, budget, plan)
     return {name: (100 * f.correct.view(-1, len(DEPTHS)).mean(0)).tolist() for name, f in found.items()}
 
 
 def _by_depth(found: dict[str, list[float]], names: list[str], budget: int) -> Sweep:
+    from tokenry.kvcache import DEPTHS
+
     return Sweep(
         title="Needles found, by their place",
         x="depth of the needle (0: the context begins with it)",
@@ -385,8 +385,8 @@ def _times(model: Any, names: list[str], budget: int, plan: dict[str, Any], opti
     return {
         name: {
             "bytes": size[name],
-            "read": reading[name].as_dict(),
-            "step": {k: getattr(stepping[name], k) / STEPS for k in ("median", "low", "high")},
+            "read": {"median": reading[name].median, "spread": reading[name].spread},
+            "step": {"median": stepping[name].median / STEPS, "spread": stepping[name].spread / STEPS},
         }
         for name in names
     }

@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_positions", "decoder_blocks", "learned_positions", "output_size"]
+__all__ = ["attention_is_exchanged", "check_positions", "decoder_blocks", "learned_positions", "output_size"]
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -41,6 +41,11 @@ def output_size(model: PreTrainedModel) -> int:
     """Width of the model's logits."""
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else model.config.get_text_config(decoder=True).vocab_size
+
+
+def attention_is_exchanged(model: PreTrainedModel) -> bool:
+    """Whether a context that is still open (sparse reading of the cache) has put its own attention in the model's place."""
+    return (model.config._attn_implementation or "").startswith("tokenry_")
 
 
 def learned_positions(config: PreTrainedConfig) -> int | None:

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from tokenry.decoding.engine.acceptance import Accepted, accept_greedy, accept_walk
-from tokenry.decoding.engine.decoder_blocks import check_positions
+from tokenry.decoding.engine.decoder_blocks import attention_is_exchanged, check_positions
 from tokenry.decoding.engine.draft_cache import DraftCache
 from tokenry.decoding.engine.output import DecodingOutput, KeptScores
 from tokenry.decoding.engine.state import DecodingState
@@ -134,12 +134,12 @@ def check_decoding(
         raise ValueError(
             "output_attentions and output_hidden_states have no meaning per token in a tree pass; leave them off"
         )
-    attention = model.config._attn_implementation or "eager"
-    if attention.startswith("tokenry_"):
+    if attention_is_exchanged(model):
         raise ValueError(
             "draft trees need the model's own attention in every pass; leave the context that exchanged it (sparse reading "
             "of the cache) before generating with drafts"
         )
+    attention = model.config._attn_implementation or "eager"
     if attention not in ("sdpa", "eager"):
         raise ValueError(
             f"attn_implementation={attention!r} cannot take the mask of a draft tree; load the model with "
